@@ -1,0 +1,41 @@
+"""tinymoe: Mixtral of Experts (arXiv 2401.04088), each component by hand, forward and backward."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tinymoe.config import MixtralConfig as MixtralConfig
+    from tinymoe.errors import InputError as InputError
+    from tinymoe.generation import generate as generate
+    from tinymoe.model import Mixtral as Mixtral
+    from tinymoe.reference.balance import hf_load_balancing_loss as hf_load_balancing_loss
+    from tinymoe.reference.optimizer import AdamW as AdamW
+
+# Public name -> the module that defines it, imported on first use (PEP 562) so that `import tinymoe` stays fast.
+_HOME = {
+    "MixtralConfig": "tinymoe.config",
+    "InputError": "tinymoe.errors",
+    "Mixtral": "tinymoe.model",
+    "AdamW": "tinymoe.reference.optimizer",
+    "generate": "tinymoe.generation",
+    "hf_load_balancing_loss": "tinymoe.reference.balance",
+}
+_ROOMS = ("reference", "checkpoint", "data", "tokenizer", "training", "generation", "cache", "config")
+
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    if name in _ROOMS:
+        return importlib.import_module(f"tinymoe.{name}")
+    raise AttributeError(f"module 'tinymoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME, *_ROOMS])

@@ -1,0 +1,389 @@
+"""Checkpoints: safetensors in transformers' and Mistral's layouts, read whole or memory-mapped, and written atomically."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from tinymoe.config import MixtralConfig, read_json_object
+from tinymoe.errors import InputError
+
+Array = np.ndarray
+STORED = {"F64", "F32", "F16", "BF16"}
+SAVED = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+SHARD_BYTES = 5 * 10**9
+
+# Our name (without layers.N.) -> the name on disk, first in transformers' files, then in Mistral's. {e} is the expert.
+TOP = {
+    "tok_embeddings": ("model.embed_tokens.weight", "tok_embeddings.weight"),
+    "norm": ("model.norm.weight", "norm.weight"),
+    "output": ("lm_head.weight", "output.weight"),
+}
+LAYER = {
+    "attention_norm": ("input_layernorm.weight", "attention_norm.weight"),
+    "attention.wq": ("self_attn.q_proj.weight", "attention.wq.weight"),
+    "attention.wk": ("self_attn.k_proj.weight", "attention.wk.weight"),
+    "attention.wv": ("self_attn.v_proj.weight", "attention.wv.weight"),
+    "attention.wo": ("self_attn.o_proj.weight", "attention.wo.weight"),
+    "ffn_norm": ("post_attention_layernorm.weight", "ffn_norm.weight"),
+    "moe.gate": ("block_sparse_moe.gate.weight", "feed_forward.gate.weight"),
+    "moe.w1": ("block_sparse_moe.experts.{e}.w1.weight", "feed_forward.experts.{e}.w1.weight"),
+    "moe.w2": ("block_sparse_moe.experts.{e}.w2.weight", "feed_forward.experts.{e}.w2.weight"),
+    "moe.w3": ("block_sparse_moe.experts.{e}.w3.weight", "feed_forward.experts.{e}.w3.weight"),
+    "ffn.w1": ("mlp.gate_proj.weight", "feed_forward.w1.weight"),
+    "ffn.w2": ("mlp.down_proj.weight", "feed_forward.w2.weight"),
+    "ffn.w3": ("mlp.up_proj.weight", "feed_forward.w3.weight"),
+}
+
+
+# Reading.
+
+
+def load(
+    directory: str | os.PathLike[str], dtype: str | np.dtype = "float32", mmap: bool = False
+) -> tuple[MixtralConfig, Mapping[str, Any]]:
+    """Read a model directory.
+
+    Parameters
+    ----------
+    directory
+        In transformers' layout (config.json with model.safetensors or its shards; experts apart, as version 4 names
+        them, or fused as in version 5) or Mistral's (params.json with consolidated.safetensors).
+    dtype
+        Of the arrays that are returned, whatever the files hold.
+    mmap
+        Return a `MappedParams`, which reads at each use, instead of a dict of arrays.
+
+    Raises
+    ------
+    InputError
+        Something is missing, unexpected, misshapen, truncated, not finite or pickled; the message names it.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"no model directory {directory}: give a folder with config.json and model.safetensors")
+    found = [layout for layout in (_TRANSFORMERS, _MISTRAL) if (directory / layout.config_file).is_file()]
+    for layout in found:
+        for weights in (layout.weights_file, layout.weights_file + ".index.json"):
+            if (directory / weights).is_file():
+                config = MixtralConfig.from_file(directory / layout.config_file)
+                params = MappedParams(_tensors(config, layout, _open(directory / weights)), np.dtype(dtype))
+                return config, params if mmap else params.read_all()
+    raise InputError(_why_not(directory, found))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which files a layout has, and which of the two names on disk it uses."""
+
+    config_file: str
+    weights_file: str
+    column: int
+
+
+_TRANSFORMERS = Layout("config.json", "model.safetensors", 0)
+_MISTRAL = Layout("params.json", "consolidated.safetensors", 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A piece of a parameter as it lies on disk."""
+
+    file: Any  # safe_open's handle
+    path: Path
+    name: str
+    shape: tuple[int, ...]  # of the whole tensor on disk
+    index: tuple[Any, ...] = ()  # the piece of it
+    rope_heads: int = 0  # when set, pairs of neighbours are to become halves
+
+    def read(self, dtype: np.dtype, row: int | None = None) -> Array:
+        """Return the piece, or one row of it, converted; refuse values that are not finite."""
+        stored = self.file.get_slice(self.name)
+        index = self.index if row is None else (*self.index, row)
+        array = (stored[index] if index else self.file.get_tensor(self.name)).astype(dtype, copy=False)
+        if not np.isfinite(array).all():
+            raise InputError(f"{self.path}: tensor {self.name} holds values that are not finite: the file is damaged")
+        return halves_from_neighbours(array, self.rope_heads) if self.rope_heads else array
+
+
+class OnDisk:
+    """A parameter that stays on disk: indexing it by expert, or by rows of the vocabulary, reads just that.
+
+    Parameters
+    ----------
+    shape
+        Of the parameter.
+    parts
+        One, or one per expert.
+    dtype
+        Of what is returned.
+    """
+
+    def __init__(self, shape: tuple[int, ...], parts: list[Part], dtype: np.dtype):
+        self.shape, self.parts, self.dtype = shape, parts, dtype
+
+    def __getitem__(self, index: Any) -> Array:
+        if len(self.shape) == 3:
+            return self.parts[index].read(self.dtype)
+        rows, inverse = np.unique(index, return_inverse=True)
+        return np.stack([self.parts[0].read(self.dtype, row) for row in rows.tolist()])[inverse]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        if len(self.shape) < 3:
+            return self.parts[0].read(self.dtype).astype(dtype or self.dtype, copy=False)
+        whole = np.empty(self.shape, dtype or self.dtype)
+        for e, part in enumerate(self.parts):
+            whole[e] = part.read(self.dtype)
+        return whole
+
+
+class MappedParams(Mapping[str, Any]):
+    """Parameters by name, read from disk and converted at each use; experts and the embedding come as `OnDisk`."""
+
+    def __init__(self, parts: Mapping[str, tuple[tuple[int, ...], list[Part]]], dtype: np.dtype):
+        self.shapes = {name: shape for name, (shape, _) in parts.items()}
+        self._on_disk = {name: OnDisk(shape, pieces, dtype) for name, (shape, pieces) in parts.items()}
+
+    def __getitem__(self, name: str) -> Any:
+        tensor = self._on_disk[name]
+        return tensor if len(tensor.shape) == 3 or name == "tok_embeddings" else np.asarray(tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._on_disk)
+
+    def __len__(self) -> int:
+        return len(self._on_disk)
+
+    def read_all(self) -> dict[str, Array]:
+        """Return every parameter as an array in memory."""
+        # safetensors hands out read-only arrays when nothing was converted; parameters are updated in place
+        return {name: np.require(np.asarray(tensor), requirements="CW") for name, tensor in self._on_disk.items()}
+
+
+class _Files:
+    """The tensors of one or more safetensors files by name."""
+
+    def __init__(self, tensors: dict[str, tuple[Any, Path]]):
+        self.tensors = tensors
+        self.unused = set(tensors)
+
+    def part(self, name: str, shape: tuple[int, ...], **piece: Any) -> Part:
+        if name not in self.tensors:
+            raise InputError(f"tensor {name} is missing from the checkpoint: is the download complete?")
+        file, path = self.tensors[name]
+        stored = file.get_slice(name)
+        if tuple(stored.get_shape()) != shape:
+            raise InputError(f"{path}: tensor {name} has shape {stored.get_shape()}; the config asks for {list(shape)}")
+        if stored.get_dtype() not in STORED:
+            raise InputError(
+                f"{path}: tensor {name} is stored as {stored.get_dtype()}; tinymoe reads {', '.join(sorted(STORED))}"
+            )
+        self.unused.discard(name)
+        return Part(file, path, name, shape, **piece)
+
+
+def _open(path: Path) -> _Files:
+    if path.suffix != ".json":
+        file = _open_file(path)
+        return _Files({name: (file, path) for name in file.keys()})
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{path}: weight_map must be an object from tensor names to shard files")
+    tensors = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise InputError(f"{path}: shard {shard!r} is no plain file name in the model directory")
+        file = _open_file(path.parent / shard)
+        tensors |= {name: (file, path.parent / shard) for name in file.keys()}
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name][1].name != shard:
+            raise InputError(f"tensor {name} is missing from {path.parent / shard}, where {path.name} says it is")
+    return _Files(tensors)
+
+
+def _open_file(path: Path) -> Any:
+    try:
+        return safe_open(path, "np")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {_cut_tensor(path) or str(error).splitlines()[0]}") from None
+
+
+def _cut_tensor(path: Path) -> str | None:
+    """Say which tensor a truncated file ends in, if that is what is wrong with it."""
+    try:
+        with open(path, "rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            size = os.fstat(file.fileno()).st_size
+            header = json.loads(file.read(min(header_bytes, size)))
+        tensors = [(spec["data_offsets"][1], name) for name, spec in header.items() if name != "__metadata__"]
+        end, name = min((end, name) for end, name in tensors if 8 + header_bytes + end > size)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, struct.error):
+        return None
+    return f"it is truncated, tensor {name} needs {8 + header_bytes + end - size} bytes more: copy the file again"
+
+
+def _tensors(
+    config: MixtralConfig, layout: Layout, files: _Files
+) -> dict[str, tuple[tuple[int, ...], list[Part]]]:
+    """Return name → (shape, parts on disk) of every parameter, having checked that the files fit the config."""
+    tensors = {name: (shape, _parts(name, shape, config, layout, files)) for name, shape in config.parameter_shapes()}
+    # old files carry the rotary frequencies, which follow from the config
+    if extra := sorted(name for name in files.unused if not name.endswith("rotary_emb.inv_freq")):
+        raise InputError(f"tensor {extra[0]} in {files.tensors[extra[0]][1]} does not belong to this config")
+    return tensors
+
+
+def _parts(
+    name: str, shape: tuple[int, ...], config: MixtralConfig, layout: Layout, files: _Files
+) -> list[Part]:
+    if name in TOP:
+        return [files.part(TOP[name][layout.column], shape)]
+    _, layer, short = name.split(".", 2)
+    prefix = f"layers.{layer}." if layout is _MISTRAL else f"model.layers.{layer}."
+    on_disk = prefix + LAYER[short][layout.column]
+    if short.startswith("moe.") and layout is _TRANSFORMERS and f"{prefix}mlp.gate.weight" in files.tensors:
+        on_disk = on_disk.replace("block_sparse_moe", "mlp")  # version 5's name
+    if len(shape) < 3:
+        heads = {"attention.wq": config.n_heads, "attention.wk": config.n_kv_heads}.get(short, 0)
+        return [files.part(on_disk, shape, rope_heads=heads if layout is _MISTRAL else 0)]
+    E, F, D = config.num_experts, config.hidden_dim, config.dim
+    experts = on_disk.split("{e}")[0]
+    if f"{experts}gate_up_proj" in files.tensors:  # all experts in one tensor, w1 above w3
+        if short == "moe.w2":
+            return [files.part(f"{experts}down_proj", (E, D, F), index=(e,)) for e in range(E)]
+        half = slice(0, F) if short == "moe.w1" else slice(F, 2 * F)
+        return [files.part(f"{experts}gate_up_proj", (E, 2 * F, D), index=(e, half)) for e in range(E)]
+    return [files.part(on_disk.format(e=e), shape[1:]) for e in range(E)]
+
+
+def _why_not(directory: Path, found: list[Layout]) -> str:
+    pickled = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLED)
+    if pickled:
+        return (
+            f"{directory / pickled[0]} is a pickled checkpoint, and unpickling executes code from the file: "
+            "convert it to safetensors where you trust it"
+        )
+    if not found:
+        return f"{directory} holds neither config.json nor params.json: is it a model directory?"
+    return f"{directory} holds {found[0].config_file} but no {found[0].weights_file}: is the download complete?"
+
+
+def halves_from_neighbours(w: Array, heads: int) -> Array:
+    """Reorder the rows of wq or wk (heads · K, D) from rotary pairs (2i, 2i + 1) to pairs (i, i + K/2)."""
+    return np.ascontiguousarray(w.reshape(heads, -1, 2, w.shape[1]).swapaxes(1, 2)).reshape(w.shape)
+
+
+# Writing.
+
+
+def to_hf(arrays: Mapping[str, Any], config: MixtralConfig) -> dict[str, Array]:
+    """Return parameters or gradients under transformers' names on disk: Mixtral's, or Mistral's when dense.
+
+    Experts, stacked here, are separate tensors there. The arrays are views where possible.
+    """
+    tensors = {}
+    for name, _ in config.parameter_shapes():
+        if name in TOP:
+            tensors[TOP[name][0]] = np.asarray(arrays[name])
+            continue
+        _, layer, short = name.split(".", 2)
+        on_disk = f"model.layers.{layer}.{LAYER[short][0]}"
+        if "{e}" in on_disk:
+            tensors |= {on_disk.format(e=e): arrays[name][e] for e in range(config.num_experts)}
+        else:
+            tensors[on_disk] = np.asarray(arrays[name])
+    return tensors
+
+
+def save(
+    directory: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    config: MixtralConfig,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write config.json and the weights in transformers' layout, each file replaced whole or not at all.
+
+    Parameters
+    ----------
+    directory
+        Made if it does not exist.
+    dtype
+        float64, float32, float16 or bfloat16; None: that of the parameters.
+    shard_bytes
+        Above this size the weights are cut into shards with an index.
+
+    Raises
+    ------
+    InputError
+        Unknown dtype, or the directory cannot be written.
+    """
+    dtype = dtype or str(params["norm"].dtype)
+    if dtype not in SAVED:
+        raise InputError(f"dtype {dtype!r} is not one to save in; give {', '.join(SAVED)}")
+    directory = Path(directory)
+    tensors = {name: np.ascontiguousarray(a, SAVED[dtype]) for name, a in to_hf(params, config).items()}
+    shards: list[dict[str, Array]] = [{}]
+    for name, array in tensors.items():
+        if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = array
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if len(shards) == 1:
+            write_tensors(single, tensors, {"format": "pt"})
+            index.unlink(missing_ok=True)
+        else:
+            names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+            for file, shard in zip(names, shards):
+                write_tensors(directory / file, shard, {"format": "pt"})
+            weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+            total = sum(a.nbytes for a in tensors.values())
+            write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            single.unlink(missing_ok=True)
+        write_json(directory / "config.json", config.to_hf() | {"dtype": dtype})
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror or error}") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically."""
+    with replacing(path) as partial:
+        try:
+            save_file(tensors, partial, metadata)
+        except SafetensorError as error:  # the disk is full, say
+            raise OSError(str(error)) from None
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file atomically."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; then flush it to disk and rename it to ``path`` in one step."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,472 @@
+"""Mixtral: parameters, blocks, and the forward and backward pass over a backend's components."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinymoe import reference, workers
+from tinymoe.cache import KVCache
+from tinymoe.config import MixtralConfig
+from tinymoe.errors import InputError
+from tinymoe.reference.loss import IGNORED
+
+Array = np.ndarray
+Params = Mapping[str, Array]
+BACKENDS = {"reference": reference}
+DTYPES = ("float32", "float64")
+LEAST_PART = 2**16  # elements (tokens · dim) of a worker's part: with fewer, threads mostly wait for the interpreter
+
+
+class BlockSaved(NamedTuple):
+    """What the backward of one block needs: the saved of each of its components, in the order of the forward."""
+
+    attention_norm: Any
+    wq: Any
+    wk: Any
+    wv: Any
+    rope: Any
+    attention: Any
+    wo: Any
+    ffn_norm: Any
+    ffn: Any
+
+
+class Forward(NamedTuple):
+    """What the backward of the model needs."""
+
+    embedding: Any
+    blocks: list[BlockSaved]
+    norm: Any
+    hidden: Array  # (N, D) after the last norm
+
+
+class Losses(NamedTuple):
+    """The terms of a loss, apart."""
+
+    cross_entropy: float
+    switch: Array  # (L,) per layer, unweighted
+    z: Array  # (L,) per layer, unweighted; zeros when its coefficient is 0
+    load: Array  # (L, E) fraction of the assignments that went to each expert
+
+
+class Mixtral:
+    """A Mixtral, or a dense Mistral when ``config.num_experts`` is 0.
+
+    Parameters
+    ----------
+    config
+        The shape.
+    params
+        Flat dict of arrays with the names and shapes of `MixtralConfig.parameter_shapes`; kept, not copied.
+    backend
+        ``"reference"``: NumPy.
+    num_workers
+        Threads that share a training batch; None: one per usable core. It fixes the order of sums, hence the bits.
+
+    Attributes
+    ----------
+    params
+        As given.
+    losses
+        `Losses` of the last call of `loss_and_grads`.
+
+    Raises
+    ------
+    InputError
+        Unknown backend, or parameters that do not fit the config.
+    """
+
+    def __init__(
+        self, config: MixtralConfig, params: Params, backend: str = "reference", num_workers: int | None = None
+    ):
+        if backend not in BACKENDS:
+            raise InputError(f"no backend {backend!r}; there is {', '.join(BACKENDS)}")
+        check_params(config, params)
+        self.config = config
+        self.params = params
+        self.backend = backend
+        self.ops = BACKENDS[backend]
+        self.num_workers = num_workers or workers.usable_cores()
+        self.dtype = params["norm"].dtype
+        self.losses: Losses | None = None
+
+    @classmethod
+    def init(
+        cls,
+        config: MixtralConfig,
+        seed: int = 0,
+        backend: str = "reference",
+        dtype: str = "float32",
+        num_workers: int | None = None,
+    ) -> "Mixtral":
+        """Return a model with random weights.
+
+        Norm weights are 1, all others normal with standard deviation 0.02, those that write into the residual
+        stream (wo and w2) divided by √(2 n_layers), so that its variance does not grow with depth (GPT-2).
+        """
+        rng = np.random.default_rng(seed)
+        params = {}
+        for name, shape in config.parameter_shapes():
+            if name.endswith("norm"):
+                params[name] = np.ones(shape, _checked_dtype(dtype))
+                continue
+            std = 0.02 / np.sqrt(2 * config.n_layers) if name.endswith(("wo", "w2")) else 0.02
+            params[name] = (rng.standard_normal(shape, np.float32) * np.float32(std)).astype(_checked_dtype(dtype))
+        return cls(config, params, backend, num_workers)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        backend: str = "reference",
+        dtype: str = "float32",
+        mmap: bool = False,
+        num_workers: int | None = None,
+    ) -> "Mixtral":
+        """Open a model directory: transformers' layout or Mistral's (see `tinymoe.checkpoint`).
+
+        Parameters
+        ----------
+        directory
+            Holds config.json and model.safetensors (or shards), or params.json and consolidated.safetensors.
+        dtype
+            To compute in; weights stored in float16 or bfloat16 are converted.
+        mmap
+            Leave the weights on disk and convert what a token needs when it needs it, so that a checkpoint larger
+            than memory runs: the same logits, bit for bit. Such a model cannot be trained.
+
+        Raises
+        ------
+        InputError
+            The directory holds no model that can be read; the message names the file or tensor.
+        """
+        from tinymoe import checkpoint
+
+        config, params = checkpoint.load(directory, _checked_dtype(dtype), mmap=mmap)
+        return cls(config, params, backend, num_workers)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors in transformers' layout; each is replaced whole or not at all."""
+        from tinymoe import checkpoint
+
+        checkpoint.save(directory, self.params, self.config)
+
+    # Forward.
+
+    def __call__(self, tokens: Array) -> Array:
+        """Return the logits (B, T, V) of the token after each of tokens (B, T).
+
+        Memory is O(T): nothing is kept for a backward pass.
+        """
+        tokens = self._checked(tokens)
+        x, _ = self.ops.embedding(tokens.ravel(), self.params["tok_embeddings"])  # (N, D)
+        rotation = self._rotation(np.arange(tokens.shape[1]))
+        for layer in range(self.config.n_layers):
+            x, _ = self._block(layer, x, tokens.shape, rotation, self._attend)
+        x, _ = self.ops.rmsnorm(x, self.params["norm"], self.config.norm_eps)
+        logits, _ = self.ops.linear(x, self._head())  # (N, V)
+        return logits.reshape(*tokens.shape, -1)
+
+    def extend(self, sequences: list[Array], caches: list[KVCache]) -> tuple[Array, list[Array]]:
+        """Feed new tokens to sequences whose past is in their caches, one cache each, which grow by them.
+
+        The sequences may differ in length, past and new: their rows are packed one after the other, without padding,
+        and only attention looks at each apart.
+
+        Parameters
+        ----------
+        sequences
+            Non-empty integer arrays, the new tokens of each.
+        caches
+            As many.
+
+        Returns
+        -------
+        logits
+            (len(sequences), V), after the last token of each.
+        experts
+            Per layer the chosen experts (N, k) of the N packed tokens; nothing for a dense model.
+        """
+        ends = np.cumsum([len(tokens) for tokens in sequences])
+        rows = [slice(end - len(tokens), end) for end, tokens in zip(ends, sequences)]
+        positions = np.concatenate([np.arange(c.length, c.length + len(s)) for s, c in zip(sequences, caches)])
+
+        def attend(layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+            o = np.empty_like(q)
+            for part, cache in zip(rows, caches):
+                keys, values = cache.update(layer, k[:, part], v[:, part])
+                o[:, part], _ = self.ops.attention(q[:, part], keys, values, self.config.sliding_window)
+            return o, None
+
+        x, _ = self.ops.embedding(np.concatenate(sequences), self.params["tok_embeddings"])  # (N, D)
+        rotation = self._rotation(positions)
+        experts = []
+        for layer in range(self.config.n_layers):
+            x, saved = self._block(layer, x, (1, len(positions)), rotation, attend)
+            if self.config.num_experts:
+                experts.append(saved.ffn.routing.experts)
+        for tokens, cache in zip(sequences, caches):
+            cache.advance(len(tokens))
+        x, _ = self.ops.rmsnorm(x[ends - 1], self.params["norm"], self.config.norm_eps)
+        return self.ops.linear(x, self._head())[0], experts
+
+    def _forward(self, tokens: Array, rotation: tuple[Array, Array]) -> Forward:
+        x, embedding_saved = self.ops.embedding(tokens.ravel(), self.params["tok_embeddings"])  # (N, D)
+        blocks = []
+        for layer in range(self.config.n_layers):
+            x, saved = self._block(layer, x, tokens.shape, rotation, self._attend)
+            blocks.append(saved)
+        hidden, norm_saved = self.ops.rmsnorm(x, self.params["norm"], self.config.norm_eps)
+        return Forward(embedding_saved, blocks, norm_saved, hidden)
+
+    def _block(
+        self,
+        layer: int,
+        x: Array,
+        shape: tuple[int, ...],
+        rotation: tuple[Array, Array],
+        attend: Callable[[int, Array, Array, Array], tuple[Array, Any]],
+    ) -> tuple[Array, BlockSaved]:
+        """x + attention(norm(x)), then x + feed-forward(norm(x)); x is (N, D) and ``shape`` its (B, T)."""
+        ops, eps, K = self.ops, self.config.norm_eps, self.config.head_dim
+        h, attention_norm = ops.rmsnorm(x, self._param(layer, "attention_norm"), eps)
+        q, wq = ops.linear(h, self._param(layer, "attention.wq"))
+        k, wk = ops.linear(h, self._param(layer, "attention.wk"))
+        v, wv = ops.linear(h, self._param(layer, "attention.wv"))
+        q, rope = ops.rope(q.reshape(*shape, -1, K), *rotation)  # (B, T, H, K)
+        k, _ = ops.rope(k.reshape(*shape, -1, K), *rotation)  # (B, T, G, K)
+        o, attention = attend(layer, q, k, v.reshape(*shape, -1, K))
+        y, wo = ops.linear(o.reshape(len(x), -1), self._param(layer, "attention.wo"))
+        y += x
+        h, ffn_norm = ops.rmsnorm(y, self._param(layer, "ffn_norm"), eps)
+        out, ffn = self._feed_forward(layer, h)
+        out += y
+        return out, BlockSaved(attention_norm, wq, wk, wv, rope, attention, wo, ffn_norm, ffn)
+
+    def _feed_forward(self, layer: int, h: Array) -> tuple[Array, Any]:
+        if self.config.num_experts == 0:
+            return self.ops.ffn(h, *(self._param(layer, f"ffn.{w}") for w in ("w1", "w2", "w3")))
+        gate, w1, w2, w3 = (self._param(layer, f"moe.{w}") for w in ("gate", "w1", "w2", "w3"))
+        try:
+            return self.ops.moe(h, gate, w1, w2, w3, self.config.top_k_experts)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"layer {layer}: {error}") from None
+
+    def _attend(self, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+        return self.ops.attention(q, k, v, self.config.sliding_window)
+
+    def _rotation(self, positions: Array) -> tuple[Array, Array]:
+        return self.ops.rope_table(positions, self.config.head_dim, self.config.rope_theta, self.dtype)
+
+    def _param(self, layer: int, name: str) -> Array:
+        return self.params[f"layers.{layer}.{name}"]
+
+    def _head(self) -> Array:
+        return np.asarray(self.params["tok_embeddings" if self.config.tie_embeddings else "output"])
+
+    # Loss and backward.
+
+    def loss(self, tokens: Array, targets: Array) -> float:
+        """Return the mean cross-entropy in nats over the targets (B, T) that are not −100, without gradients."""
+        tokens, targets = self._checked(tokens), self._checked_targets(tokens, targets)
+
+        def part(tokens: Array, targets: Array) -> float:
+            logits = self(tokens)
+            loss, _ = self.ops.cross_entropy(logits.reshape(-1, self.config.vocab_size), targets.ravel())
+            return loss * np.count_nonzero(targets != IGNORED)
+
+        sums = workers.run(part, self._split(tokens), self._split(targets), workers=self.num_workers)
+        return float(sum(sums) / np.count_nonzero(targets != IGNORED))
+
+    def loss_and_grads(
+        self,
+        tokens: Array,
+        targets: Array,
+        aux_loss_coef: float | None = None,
+        z_loss_coef: float | None = None,
+    ) -> tuple[float, dict[str, Array]]:
+        """Return the training loss and its gradient by every parameter.
+
+        loss = cross-entropy + aux_loss_coef · (mean over layers of the Switch loss)
+        + z_loss_coef · (mean over layers of the z-loss). Its terms are left in ``losses``.
+
+        The batch is cut over the workers. Every term is a mean over tokens, so the parts meet only twice: in the
+        experts' load, which the Switch loss takes as given, and in the sum of the gradients.
+
+        Parameters
+        ----------
+        tokens
+            (B, T) integers.
+        targets
+            (B, T) integers, −100 where a position does not count.
+        aux_loss_coef, z_loss_coef
+            None: the config's.
+
+        Raises
+        ------
+        InputError
+            Tokens or targets are out of range or misshapen, or no target counts.
+        FloatingPointError
+            A layer's router logits are not finite.
+        """
+        tokens, targets = self._checked(tokens), self._checked_targets(tokens, targets)
+        if not isinstance(self.params, dict):
+            raise InputError("a memory-mapped model only reads its weights: load it without mmap to train it")
+        aux = self.config.aux_loss_coef if aux_loss_coef is None else aux_loss_coef
+        z = self.config.z_loss_coef if z_loss_coef is None else z_loss_coef
+        tokens_of, targets_of = self._split(tokens), self._split(targets)
+        rotation = self._rotation(np.arange(tokens.shape[1]))
+        forwards = workers.run(lambda part: self._forward(part, rotation), tokens_of, workers=self.num_workers)
+        load = self._load(forwards)
+        count = np.count_nonzero(targets != IGNORED)
+
+        def backward(forward: Forward, part: Array) -> tuple[Losses, dict[str, Array]]:
+            of_targets, of_tokens = np.count_nonzero(part != IGNORED) / count, part.size / targets.size
+            return self._backward(forward, part.ravel(), load, of_targets, of_tokens, aux, z)
+
+        parts = workers.run(backward, forwards, targets_of, workers=self.num_workers)
+        terms = [losses for losses, _ in parts]
+        self.losses = Losses(
+            sum(t.cross_entropy for t in terms), sum(t.switch for t in terms), sum(t.z for t in terms), load
+        )
+        loss = self.losses.cross_entropy
+        if self.config.num_experts:
+            loss += aux * float(self.losses.switch.mean()) + z * float(self.losses.z.mean())
+        return loss, self._sum([grads for _, grads in parts])
+
+    def _backward(
+        self, forward: Forward, targets: Array, load: Array, of_targets: float, of_tokens: float, aux: float, z: float
+    ) -> tuple[Losses, dict[str, Array]]:
+        """Return one part's share of the loss terms, and of the gradient of the whole loss.
+
+        ``of_targets`` and ``of_tokens`` are the part's fractions of the batch's counted targets and of its tokens.
+        """
+        ops, layers, grads = self.ops, self.config.n_layers, {}
+        logits, head = ops.linear(forward.hidden, self._head())  # (N, V)
+        cross_entropy, saved = ops.cross_entropy(logits, targets)
+        dhidden, dhead = ops.linear_backward(ops.cross_entropy_backward(of_targets, saved), head)
+        switch, z_terms = np.zeros(layers), np.zeros(layers)
+        dx, grads["norm"] = ops.rmsnorm_backward(dhidden, forward.norm)
+        for layer in reversed(range(layers)):
+            block, dlogits = forward.blocks[layer], None
+            if self.config.num_experts:
+                router_logits = block.ffn.routing.logits  # (N, E)
+                switch[layer], saved = ops.switch_loss(router_logits, load[layer])
+                dlogits = ops.switch_loss_backward(aux * of_tokens / layers, saved)
+                if z:
+                    z_terms[layer], saved = ops.z_loss(router_logits)
+                    dlogits += ops.z_loss_backward(z * of_tokens / layers, saved)
+            dx, block_grads = self._block_backward(dx, dlogits, block)
+            grads |= {f"layers.{layer}.{name}": grad for name, grad in block_grads.items()}
+        grads["tok_embeddings"] = ops.embedding_backward(dx, forward.embedding)
+        if self.config.tie_embeddings:
+            grads["tok_embeddings"] += dhead
+        else:
+            grads["output"] = dhead
+        return Losses(cross_entropy * of_targets, switch * of_tokens, z_terms * of_tokens, load), grads
+
+    def _block_backward(self, dout: Array, dlogits: Array | None, saved: BlockSaved) -> tuple[Array, dict[str, Array]]:
+        """Return dx and the block's gradients by name; ``dlogits`` comes from the balance losses."""
+        ops, grads = self.ops, {}
+        if self.config.num_experts:
+            dh, *of_weights = ops.moe_backward(dout, dlogits, saved.ffn)
+            grads |= zip(("moe.gate", "moe.w1", "moe.w2", "moe.w3"), of_weights)
+        else:
+            dh, *of_weights = ops.ffn_backward(dout, saved.ffn)
+            grads |= zip(("ffn.w1", "ffn.w2", "ffn.w3"), of_weights)
+        dy, grads["ffn_norm"] = ops.rmsnorm_backward(dh, saved.ffn_norm)
+        dy += dout
+        do, grads["attention.wo"] = ops.linear_backward(dy, saved.wo)
+        dq, dk, dv = ops.attention_backward(do.reshape(saved.attention.o.shape), saved.attention)
+        dq, dk = ops.rope_backward(dq, saved.rope), ops.rope_backward(dk, saved.rope)
+        dh, grads["attention.wq"] = ops.linear_backward(dq.reshape(len(dy), -1), saved.wq)
+        for d, linear_saved, name in ((dk, saved.wk, "attention.wk"), (dv, saved.wv, "attention.wv")):
+            dh_more, grads[name] = ops.linear_backward(d.reshape(len(dy), -1), linear_saved)
+            dh += dh_more
+        dx, grads["attention_norm"] = ops.rmsnorm_backward(dh, saved.attention_norm)
+        dx += dy
+        return dx, grads
+
+    # The batch over the workers.
+
+    def _split(self, batch: Array) -> list[Array]:
+        """Cut (B, T) into one part per worker, but none so small that handing over costs more than it saves."""
+        worthwhile = max(1, batch.size * self.config.dim // LEAST_PART)
+        return np.array_split(batch, min(self.num_workers, len(batch), worthwhile))
+
+    def _load(self, forwards: list[Forward]) -> Array:
+        """Return the load (L, E) of the whole batch."""
+        if self.config.num_experts == 0:
+            return np.zeros((self.config.n_layers, 0))
+        experts = [[f.blocks[layer].ffn.routing.experts for f in forwards] for layer in range(self.config.n_layers)]
+        return np.stack([self.ops.expert_load(np.concatenate(parts), self.config.num_experts) for parts in experts])
+
+    def _sum(self, parts: list[dict[str, Array]]) -> dict[str, Array]:
+        """Return the sum of the parts' gradients, in the order of the workers and under the order of ``params``."""
+        total, *others = parts
+
+        def add(names: list[str]) -> None:
+            for name in names:
+                for part in others:
+                    total[name] += part[name]
+
+        names = list(self.params)
+        if others:
+            workers.run(add, [names[i :: self.num_workers] for i in range(self.num_workers)], workers=self.num_workers)
+        return {name: total[name] for name in names}
+
+    # Checks at the public edge.
+
+    def _checked(self, tokens: Array) -> Array:
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.size == 0 or tokens.dtype.kind not in "iu":
+            raise InputError(f"tokens must be integers of shape (B, T); got {tokens.dtype} of shape {tokens.shape}")
+        check_tokens(tokens, self.config.vocab_size)
+        return tokens
+
+    def _checked_targets(self, tokens: Array, targets: Array) -> Array:
+        targets = np.asarray(targets)
+        if targets.shape != tokens.shape or targets.dtype.kind not in "iu":
+            raise InputError(
+                f"targets must be integers of the tokens' shape {tokens.shape}; got {targets.dtype} of {targets.shape}"
+            )
+        targets = targets.astype(np.int64, copy=False)
+        counted = targets[targets != IGNORED]
+        if counted.size == 0:
+            raise InputError(f"every target is {IGNORED}, ignored: there is nothing to learn from")
+        check_tokens(counted, self.config.vocab_size)
+        return targets
+
+
+def check_tokens(tokens: Array, vocab_size: int) -> None:
+    """Raise InputError if a token lies outside the vocabulary."""
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        wrong = int(tokens.min() if tokens.min() < 0 else tokens.max())
+        raise InputError(f"token {wrong} is outside the vocabulary of {vocab_size}")
+
+
+def check_params(config: MixtralConfig, params: Params) -> None:
+    """Raise InputError unless the parameters are exactly those of the config, in one dtype."""
+    names = set()
+    for name, shape in config.parameter_shapes():
+        if name not in params:
+            raise InputError(f"parameter {name} is missing")
+        if (found := shape_of(params, name)) != shape:
+            raise InputError(f"parameter {name} has shape {found}; the config asks for {shape}")
+        names.add(name)
+    if extra := sorted(params.keys() - names):
+        raise InputError(f"parameter {extra[0]} does not belong to this config")
+
+
+def shape_of(params: Params, name: str) -> tuple[int, ...]:
+    """Return a parameter's shape without reading it from disk."""
+    shapes = getattr(params, "shapes", None)
+    return shapes[name] if shapes is not None else params[name].shape
+
+
+def _checked_dtype(dtype: str) -> np.dtype:
+    if str(dtype) not in DTYPES:
+        raise InputError(f"dtype {str(dtype)!r} is not one to compute in on a CPU; give {' or '.join(DTYPES)}")
+    return np.dtype(dtype)

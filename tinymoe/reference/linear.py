@@ -1,0 +1,47 @@
+"""The linear map without bias, y = x wᵀ: attention's projections, the router's gate, the output head."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+Array = np.ndarray
+
+
+class LinearSaved(NamedTuple):
+    """What the backward of `linear` needs."""
+
+    x: Array  # (N, D_in)
+    w: Array  # (D_out, D_in)
+
+
+def linear(x: Array, w: Array) -> tuple[Array, LinearSaved]:
+    """Compute y = x wᵀ.
+
+    Parameters
+    ----------
+    x
+        (N, D_in).
+    w
+        (D_out, D_in): one row per output, as checkpoints store it.
+
+    Returns
+    -------
+    y
+        (N, D_out).
+    saved
+        For `linear_backward`.
+    """
+    return matmul_transposed(x, w), LinearSaved(x, w)
+
+
+def linear_backward(dy: Array, saved: LinearSaved) -> tuple[Array, Array]:
+    """Return dx = dy w and dw = dyᵀ x, of the shapes of x and w."""
+    x, w = saved
+    return dy @ w, dy.T @ x
+
+
+def matmul_transposed(x: Array, w: Array, out: Array | None = None) -> Array:
+    """Return x wᵀ. One row is a matrix–vector product: bound by reading w, which dot products by row stream fastest."""
+    if len(x) == 1:
+        return np.vecdot(w, x, out=None if out is None else out[0])[None]  # (1, D_out)
+    return np.matmul(x, w.T, out=out)
