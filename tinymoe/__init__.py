@@ -22,7 +22,7 @@ _HOME = {
     "generate": "tinymoe.generation",
     "hf_load_balancing_loss": "tinymoe.reference.balance",
 }
-_ROOMS = ("reference", "checkpoint", "data", "tokenizer", "training", "generation", "cache", "config")
+_ROOMS = ("reference", "checkpoint", "data", "tokenizer", "training", "generation", "cache", "config", "corpora")
 
 __all__ = sorted([*_HOME, "__version__"])
 

@@ -1,5 +1,7 @@
 """The key/value cache of one sequence: full, or rolling when the model has a sliding window."""
 
+from typing import Any
+
 import numpy as np
 
 from tinymoe.config import MixtralConfig
@@ -30,7 +32,7 @@ class KVCache:
         Tokens seen so far, which is also the position of the next.
     """
 
-    def __init__(self, config: MixtralConfig, capacity: int, dtype: str | np.dtype = "float32"):
+    def __init__(self, config: MixtralConfig, capacity: int, dtype: Any = "float32"):
         self.capacity = capacity
         self.slots = min(capacity, config.sliding_window or capacity)
         shape = (config.n_layers, 1, self.slots, config.n_kv_heads, config.head_dim)

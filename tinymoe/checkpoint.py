@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors in transformers' and Mistral's layouts, read whole or memory-mapped, and written atomically."""
+"""Checkpoints: safetensors in transformers' and Mistral's layouts, whole or memory-mapped, written atomically."""
 
 import contextlib
 import dataclasses
@@ -170,7 +170,7 @@ class MappedParams(Mapping[str, Any]):
     def read_all(self) -> dict[str, Array]:
         """Return every parameter as an array in memory."""
         # safetensors hands out read-only arrays when nothing was converted; parameters are updated in place
-        return {name: np.require(np.asarray(tensor), requirements="CW") for name, tensor in self._on_disk.items()}
+        return {name: np.require(np.asarray(tensor), requirements=["C", "W"]) for name, tensor in self._on_disk.items()}
 
 
 class _Files:
@@ -198,16 +198,16 @@ class _Files:
 def _open(path: Path) -> _Files:
     if path.suffix != ".json":
         file = _open_file(path)
-        return _Files({name: (file, path) for name in file.keys()})
+        return _Files(dict.fromkeys(file.keys(), (file, path)))
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InputError(f"{path}: weight_map must be an object from tensor names to shard files")
-    tensors = {}
+    tensors: dict[str, tuple[Any, Path]] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise InputError(f"{path}: shard {shard!r} is no plain file name in the model directory")
         file = _open_file(path.parent / shard)
-        tensors |= {name: (file, path.parent / shard) for name in file.keys()}
+        tensors |= dict.fromkeys(file.keys(), (file, path.parent / shard))
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name][1].name != shard:
             raise InputError(f"tensor {name} is missing from {path.parent / shard}, where {path.name} says it is")
@@ -235,9 +235,7 @@ def _cut_tensor(path: Path) -> str | None:
     return f"it is truncated, tensor {name} needs {8 + header_bytes + end - size} bytes more: copy the file again"
 
 
-def _tensors(
-    config: MixtralConfig, layout: Layout, files: _Files
-) -> dict[str, tuple[tuple[int, ...], list[Part]]]:
+def _tensors(config: MixtralConfig, layout: Layout, files: _Files) -> dict[str, tuple[tuple[int, ...], list[Part]]]:
     """Return name → (shape, parts on disk) of every parameter, having checked that the files fit the config."""
     tensors = {name: (shape, _parts(name, shape, config, layout, files)) for name, shape in config.parameter_shapes()}
     # old files carry the rotary frequencies, which follow from the config
@@ -246,9 +244,7 @@ def _tensors(
     return tensors
 
 
-def _parts(
-    name: str, shape: tuple[int, ...], config: MixtralConfig, layout: Layout, files: _Files
-) -> list[Part]:
+def _parts(name: str, shape: tuple[int, ...], config: MixtralConfig, layout: Layout, files: _Files) -> list[Part]:
     if name in TOP:
         return [files.part(TOP[name][layout.column], shape)]
     _, layer, short = name.split(".", 2)
@@ -367,6 +363,8 @@ def write_tensors(path: Path, tensors: dict[str, Array], metadata: dict[str, str
             save_file(tensors, partial, metadata)
         except SafetensorError as error:  # the disk is full, say
             raise OSError(str(error)) from None
+        os.umask(mask := os.umask(0))
+        partial.chmod(0o666 & ~mask)  # safetensors makes it private
 
 
 def write_json(path: Path, values: Any) -> None:

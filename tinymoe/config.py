@@ -62,7 +62,7 @@ class MixtralConfig:
 
     dim: int = 4096
     n_layers: int = 32
-    head_dim: int | None = None
+    head_dim: int = None  # type: ignore[assignment]
     hidden_dim: int = 14336
     n_heads: int = 32
     n_kv_heads: int = 8
@@ -86,7 +86,9 @@ class MixtralConfig:
             _require_integer("sliding_window", self.sliding_window, least=1)
         if self.head_dim is None:
             if self.dim % self.n_heads:
-                raise InputError(f"dim {self.dim} is no multiple of n_heads {self.n_heads}: give head_dim, or change one")
+                raise InputError(
+                    f"dim {self.dim} is no multiple of n_heads {self.n_heads}: give head_dim, or change one"
+                )
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         _require_integer("head_dim", self.head_dim, least=2)
         if self.head_dim % 2:
@@ -119,9 +121,7 @@ class MixtralConfig:
 
         Its sliding window is as long as the sequences it is trained on, so that it can write on beyond them.
         """
-        shape = dict(
-            dim=128, n_layers=4, hidden_dim=256, n_heads=4, n_kv_heads=2, vocab_size=256, sliding_window=128
-        )
+        shape = dict(dim=128, n_layers=4, hidden_dim=256, n_heads=4, n_kv_heads=2, vocab_size=256, sliding_window=128)
         return cls(**(shape | changes))
 
     @classmethod
@@ -146,7 +146,6 @@ class MixtralConfig:
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name → shape of the parameters of one block, without the ``layers.N.`` in front."""
         D, K, F, E = self.dim, self.head_dim, self.hidden_dim, self.num_experts
-        assert K is not None
         shapes: dict[str, tuple[int, ...]] = {
             "attention_norm": (D,),
             "attention.wq": (self.n_heads * K, D),

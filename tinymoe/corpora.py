@@ -142,13 +142,9 @@ def synthetic(seed: int = 0, bytes_per_domain: int = 65536) -> Corpus:
     """
     if bytes_per_domain < 1:
         raise InputError(f"bytes_per_domain is {bytes_per_domain}; give at least 1")
+    generators = {"arithmetic": _arithmetic, "brackets": _brackets, "words": _words, "records": _records}
     documents = []
-    for domain, generate in (
-        ("arithmetic", _arithmetic),
-        ("brackets", _brackets),
-        ("words", _words),
-        ("records", _records),
-    ):
+    for domain, generate in generators.items():
         lines = generate(random.Random(f"{seed} {domain}"))
         for number in range(SYNTHETIC_DOCUMENTS):
             text = ""
@@ -205,16 +201,16 @@ def _docstrings(tree: ast.Module) -> Iterator[Any]:
         node = stack.pop()
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             yield node.body[0]
-        # statements alone hold definitions: expressions, most of the tree, need no visit
+        # only statements hold definitions; expressions, most of the tree, need no visit
         stack += reversed([child for field in BLOCKS for child in getattr(node, field, ())])
 
 
 def _files(folder: str | os.PathLike[str], keep: Callable[[str], bool]) -> list[str]:
-    """Return the paths, relative and with '/', of files all parts of whose path are to be kept; sorted."""
+    """Return the sorted paths, relative and with '/', of the regular files below; ``keep`` judges every part of one."""
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = filter(keep, folders)
-        # regular files only: to read a pipe would wait for a writer
+        # a pipe is no file: to read it would wait for a writer
         paths = [Path(parent, file) for file in files if keep(file) and os.path.isfile(os.path.join(parent, file))]
         found += [path.relative_to(folder).as_posix() for path in paths]
     return sorted(found)

@@ -169,6 +169,19 @@ class Mixtral:
         logits, _ = self.ops.linear(x, self._head())  # (N, V)
         return logits.reshape(*tokens.shape, -1)
 
+    def first_layer_not_finite(self, tokens: Array) -> int | None:
+        """Return the first layer whose output for tokens (B, T) is not finite, or None: where a divergence began."""
+        x, _ = self.ops.embedding(tokens.ravel(), self.params["tok_embeddings"])
+        rotation = self._rotation(np.arange(tokens.shape[1]))
+        for layer in range(self.config.n_layers):
+            try:
+                x, _ = self._block(layer, x, tokens.shape, rotation, self._attend)
+            except FloatingPointError:
+                return layer
+            if not np.isfinite(x).all():
+                return layer
+        return None
+
     def extend(self, sequences: list[Array], caches: list[KVCache]) -> tuple[Array, list[Array]]:
         """Feed new tokens to sequences whose past is in their caches, one cache each, which grow by them.
 
@@ -229,7 +242,7 @@ class Mixtral:
         rotation: tuple[Array, Array],
         attend: Callable[[int, Array, Array, Array], tuple[Array, Any]],
     ) -> tuple[Array, BlockSaved]:
-        """x + attention(norm(x)), then x + feed-forward(norm(x)); x is (N, D) and ``shape`` its (B, T)."""
+        """X + attention(norm(x)), then x + feed-forward(norm(x)); x is (N, D) and ``shape`` its (B, T)."""
         ops, eps, K = self.ops, self.config.norm_eps, self.config.head_dim
         h, attention_norm = ops.rmsnorm(x, self._param(layer, "attention_norm"), eps)
         q, wq = ops.linear(h, self._param(layer, "attention.wq"))
@@ -343,7 +356,8 @@ class Mixtral:
 
         ``of_targets`` and ``of_tokens`` are the part's fractions of the batch's counted targets and of its tokens.
         """
-        ops, layers, grads = self.ops, self.config.n_layers, {}
+        ops, layers = self.ops, self.config.n_layers
+        grads: dict[str, Array] = {}
         logits, head = ops.linear(forward.hidden, self._head())  # (N, V)
         cross_entropy, saved = ops.cross_entropy(logits, targets)
         dhidden, dhead = ops.linear_backward(ops.cross_entropy_backward(of_targets, saved), head)
@@ -369,7 +383,8 @@ class Mixtral:
 
     def _block_backward(self, dout: Array, dlogits: Array | None, saved: BlockSaved) -> tuple[Array, dict[str, Array]]:
         """Return dx and the block's gradients by name; ``dlogits`` comes from the balance losses."""
-        ops, grads = self.ops, {}
+        ops = self.ops
+        grads: dict[str, Array] = {}
         if self.config.num_experts:
             dh, *of_weights = ops.moe_backward(dout, dlogits, saved.ffn)
             grads |= zip(("moe.gate", "moe.w1", "moe.w2", "moe.w3"), of_weights)

@@ -1,7 +1,7 @@
 """Causal attention with grouped queries and a sliding window, block by block with an online softmax."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,7 +59,9 @@ def attention(q: Array, k: Array, v: Array, window: int | None = None) -> tuple[
     probs: list[Array] | None = [] if S <= KEEP_PROBS else None
     for rows, tiles in _tiles(T, S, window):
         q_block = _fold(queries, rows, q.shape[3] ** -0.5)  # (B, G, R·n, K)
-        highest = total = out = None
+        highest: Any = None
+        total: Any = None
+        out: Any = None
         for cols in tiles:
             scores = q_block @ keys[..., cols]  # (B, G, R·n, m)
             _hide(scores, rows, cols, S - T, window)
@@ -123,7 +125,7 @@ def attention_backward(do: Array, saved: AttentionSaved) -> tuple[Array, Array, 
 
 
 def attention_plain(q: Array, k: Array, v: Array, window: int | None = None) -> Array:
-    """Compute what `attention` computes with the whole (T, S) matrix: the formula in six lines, and the tests' oracle."""
+    """Compute what `attention` computes with the whole (T, S) matrix: the formula, and the tests' oracle."""
     T, S, repeats = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = np.repeat(k, repeats, axis=2), np.repeat(v, repeats, axis=2)  # (B, S, H, K)
     scores = np.moveaxis(q, 1, 2) @ k.transpose(0, 2, 3, 1) / np.sqrt(q.shape[3])  # (B, H, T, S)

@@ -1,6 +1,7 @@
 """The experts: one SwiGLU feed-forward each, applied to its own rows."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -143,6 +144,6 @@ def expert_ffn_backward(dout: Array, saved: ExpertsSaved) -> tuple[Array, Array,
 
 def _groups(offsets: list[int]) -> Iterator[tuple[int, slice]]:
     """Yield each expert that has rows, with its rows."""
-    for e, (start, end) in enumerate(zip(offsets[:-1], offsets[1:])):
+    for e, (start, end) in enumerate(pairwise(offsets)):
         if end > start:
             yield e, slice(start, end)

@@ -14,7 +14,7 @@ class CrossEntropySaved(NamedTuple):
     logits: Array  # (N, V)
     log_normaliser: Array  # (N, 1) log Σ_v exp(logits)
     targets: Array  # (N,)
-    count: int
+    counted: int
 
 
 def cross_entropy(logits: Array, targets: Array) -> tuple[float, CrossEntropySaved]:
@@ -44,11 +44,11 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[float, CrossEntropySav
 
 def cross_entropy_backward(dloss: float, saved: CrossEntropySaved) -> Array:
     """Return dlogits (N, V) = (softmax(logits) − one_hot(target)) · dloss / count; zero where the row is ignored."""
-    logits, log_normaliser, targets, count = saved
+    logits, log_normaliser, targets, counted = saved
     dlogits = logits - log_normaliser
     np.exp(dlogits, out=dlogits)
     rows = np.flatnonzero(targets != IGNORED)
     dlogits[rows, targets[rows]] -= 1
     dlogits[targets == IGNORED] = 0
-    dlogits *= dloss / max(count, 1)
+    dlogits *= dloss / max(counted, 1)
     return dlogits

@@ -90,7 +90,7 @@ def moe_backward(dy: Array, dlogits: Array | None, saved: MoESaved) -> tuple[Arr
 
 
 def moe_naive(x: Array, w_gate: Array, w1: Array, w2: Array, w3: Array, top_k: int) -> Array:
-    """Compute what `moe` computes, token by token and choice by choice: the formula as a loop, and the tests' oracle."""
+    """Compute what `moe` computes, token by token and choice by choice: the formula, and the tests' oracle."""
     routing, _ = route(x, w_gate, top_k)
     y = np.zeros_like(x)
     for n, token in enumerate(x):  # token (D,)

@@ -57,7 +57,7 @@ def rope_backward(dy: Array, saved: RopeSaved) -> Array:
 
 
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Return (a, b) · cos + (−b, a) · sin, as long rows: NumPy's loops are slow over the K/2 elements of half a head."""
+    """Return (a, b) · cos + (−b, a) · sin, as long rows: NumPy's loops are slow over half a head."""
     B, T, H, K = x.shape
     a, b = x[..., : K // 2], x[..., K // 2 :]  # (B, T, H, K/2)
     swapped = np.concatenate([b, a], axis=3).reshape(B, T, H * K)

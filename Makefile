@@ -1,0 +1,39 @@
+# `make demo` and `make test` need python3 ≥ 3.11, a C++17 compiler and make; everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/demo
+MINUTES ?= 3.5
+
+.PHONY: demo test lint golden bench clean
+
+demo: .venv/demo  ## set up, train a small Mixtral on Python's library, and let it write
+	@if [ -f $(RUN)/manifest.json ]; then $(BIN)/tinymoe train --resume $(RUN); \
+	else $(BIN)/tinymoe train --minutes $(MINUTES) --out $(RUN); fi
+
+test: .venv/dev  ## every test that needs no GPU
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+golden: .venv/parity  ## write the golden files anew with transformers
+	$(BIN)/python tests/golden/make_golden.py
+
+bench: .venv/parity  ## measure speed beside transformers
+	$(BIN)/tinymoe bench model
+
+clean:
+	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist
+
+# A stamp per set of packages, remade when pyproject.toml changes.
+.venv/demo: PACKAGES := .
+.venv/dev: PACKAGES := .[dev]
+.venv/parity: PACKAGES := .[dev,parity]
+.venv/demo .venv/dev .venv/parity: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "tinymoe needs Python 3.11 or newer: make PYTHON=python3.12 …" >&2; exit 2; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '$(PACKAGES)'
+	@touch $@

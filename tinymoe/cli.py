@@ -1,0 +1,332 @@
+"""The `tinymoe` command: arguments in, one clear line and exit status 2 for what cannot be used."""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tinymoe import __version__
+from tinymoe.errors import InputError
+
+if TYPE_CHECKING:
+    from tinymoe.data import Corpus
+    from tinymoe.model import Mixtral
+    from tinymoe.runs import Run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status: 0, 2 for input that cannot be used, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+        return 0
+    except (InputError, FloatingPointError) as error:
+        problem = str(error)
+    except MemoryError as error:
+        problem = f"out of memory ({error}): try a smaller model or batch, or mmap" if str(error) else "out of memory"
+    except BrokenPipeError:  # `tinymoe … | head` is no mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("\ntinymoe: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    print("tinymoe: error: " + " ".join(problem.split()), file=sys.stderr)
+    return 2
+
+
+# Commands. Each imports what it needs, so that the others, and --help, start fast.
+
+
+def _train(options: argparse.Namespace) -> None:
+    from tinymoe import report, runs, training
+    from tinymoe.progress import TrainingProgress
+    from tinymoe.tokenizer import load_tokenizer
+
+    if options.resume:
+        run, corpus = _resumed(options)
+    else:
+        run, corpus = _started(options)
+    tokenizer = load_tokenizer(run.directory, run.config.vocab_size)
+    tokens, held_out = corpus.train_tokens(tokenizer), corpus.held_out_tokens(tokenizer)
+    steps, done = run.manifest["options"]["steps"], runs.steps_done(run)
+    with TrainingProgress(steps, done) as progress:
+        model, reached = training.train(run, tokens, held_out, progress)
+    lines = runs.read_metrics(run.directory / runs.METRICS)
+    if lines:
+        report.plot(lines, run.directory / "loss.png")
+    if reached < steps:
+        print(f"stopped after step {reached} of {steps} and saved; go on with: tinymoe train --resume {run.directory}")
+        return
+    _report(run, model, corpus)
+    print(f"\nThe run is in {run.directory}: loss.png shows it, and this writes on:")
+    print(f"  tinymoe generate {shlex.quote(str(run.directory))} 'def ' --temperature 0.8 --show-routing")
+
+
+def _started(options: argparse.Namespace) -> "tuple[Run, Corpus]":
+    from tinymoe import runs, training, workers
+    from tinymoe.config import load_config
+    from tinymoe.tokenizer import copy_tokenizer, load_tokenizer
+
+    name = options.config or "small"
+    config = load_config(name)
+    given = {name: value for name, value in vars(options).items() if name in _OPTIONS and value is not None}
+    wanted = training.Options(**given)
+    if wanted.seq_len > config.context_len:
+        raise InputError(f"--seq-len {wanted.seq_len} exceeds the context of {config.context_len}: give less")
+    directory = Path(options.out or Path("runs") / Path(name).stem)
+    runs.refuse_existing(directory)
+    source = options.tokenizer or directory
+    tokenizer = load_tokenizer(source, config.vocab_size)
+    corpus = _corpus(options.data)
+    if options.minutes is not None:
+        print(f"measuring how many steps fit into {options.minutes:g} minutes", flush=True)
+        tokens = corpus.train_tokens(tokenizer)
+        wanted = dataclasses.replace(wanted, steps=training.steps_within(60 * options.minutes, config, tokens, wanted))
+        wanted = dataclasses.replace(wanted, warmup=min(wanted.warmup, wanted.steps // 10))
+    elif options.warmup is None:
+        wanted = dataclasses.replace(wanted, warmup=min(wanted.warmup, wanted.steps // 10))
+    command = shlex.join(["tinymoe", *sys.argv[1:]])
+    cores = options.workers or workers.usable_cores()
+    if options.tokenizer:
+        copy_tokenizer(options.tokenizer, directory)
+    run = runs.create(directory, config, dataclasses.asdict(wanted), corpus.manifest(), cores, command)
+    print(
+        f"training {config.count_parameters():,} parameters ({config.count_active_parameters():,} active) for "
+        f"{wanted.steps:,} steps of {wanted.batch_size * wanted.accumulate} x {wanted.seq_len} tokens, in {directory}",
+        flush=True,
+    )
+    return run, corpus
+
+
+def _resumed(options: argparse.Namespace) -> "tuple[Run, Corpus]":
+    from tinymoe import runs
+
+    fixed = [
+        name
+        for name in (*_OPTIONS, "config", "data", "out", "minutes", "workers", "tokenizer")
+        if getattr(options, name) is not None
+    ]
+    if fixed:
+        raise InputError(f"--{fixed[0].replace('_', '-')} cannot go with --resume: the run's manifest fixes it")
+    run = runs.open_run(Path(options.resume))
+    corpus = _corpus(run.manifest["data"].get("paths"))
+    if corpus.manifest()["domains"] != run.manifest["data"].get("domains"):
+        raise InputError(
+            f"the text that {run.directory} was trained on has changed (another Python, or other files): "
+            "it cannot be resumed; start a new run"
+        )
+    return run, corpus
+
+
+def _corpus(paths: list[str] | None) -> "Corpus":
+    from tinymoe import corpora
+
+    return corpora.from_paths(paths) if paths else corpora.standard_library()
+
+
+def _report(run: "Run", model: "Mixtral", corpus: "Corpus") -> None:
+    from rich.console import Console
+
+    from tinymoe import report
+    from tinymoe.tokenizer import load_tokenizer
+
+    console = Console()
+    tokenizer = load_tokenizer(run.directory, run.config.vocab_size)
+    seq_len = run.manifest["options"]["seq_len"]
+    console.print("\n", report.render(report.domain_losses(model, corpus, tokenizer, seq_len)), sep="")
+    for text in report.samples(model, corpus, tokenizer):
+        console.print("\n[dim]--- a sample ---[/dim]")
+        console.print(text, markup=False, highlight=False)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from tinymoe import writing
+    from tinymoe.model import Mixtral
+    from tinymoe.tokenizer import load_tokenizer
+
+    model = Mixtral.from_pretrained(options.model, mmap=options.mmap)
+    writing.write(
+        model,
+        load_tokenizer(options.model, model.config.vocab_size),
+        options.prompt,
+        show_routing=options.show_routing,
+        layer=options.layer,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from tinymoe import runs, training
+    from tinymoe.corpora import read_documents
+    from tinymoe.data import held_out_windows
+    from tinymoe.model import Mixtral
+    from tinymoe.tokenizer import load_tokenizer
+
+    directory = Path(options.model)
+    is_run = (directory / runs.MANIFEST).is_file()
+    model = Mixtral.from_pretrained(directory, mmap=options.mmap)
+    tokenizer = load_tokenizer(directory, model.config.vocab_size)
+    if options.files:
+        texts = {path: [document.text for document in read_documents(path)] for path in options.files}
+    elif is_run:
+        corpus = _resumed_corpus(directory)
+        texts = {name: [document.text for document in documents] for name, documents in corpus.held_out.items()}
+    else:
+        raise InputError("no text to evaluate on: name at least one file or folder")
+    trained = runs.open_run(directory).manifest["options"].get("seq_len") if is_run else None
+    seq_len = options.seq_len or trained or min(model.config.context_len, 1024)
+    if not 1 <= seq_len <= model.config.context_len:
+        raise InputError(f"--seq-len is {seq_len}; give from 1 to the context of {model.config.context_len}")
+    print(f"{'loss':>8} {'perplexity':>11} {'bits/byte':>10}   in windows of {seq_len} tokens")
+    for name, documents in texts.items():
+        tokens = [tokenizer.encode(text) for text in documents]
+        if max(map(len, tokens)) < 2:
+            raise InputError(f"{name} has nothing to predict: give a text of at least two tokens")
+        loss, count = training.evaluate(model, held_out_windows(tokens, seq_len))
+        bits = training.bits_per_byte(loss, count, documents, tokens)
+        print(f"{loss:8.4f} {training.perplexity(loss):11.3f} {bits:10.4f}   {name}")
+
+
+def _resumed_corpus(directory: Path) -> "Corpus":
+    from tinymoe import runs
+
+    return _corpus(runs.open_run(directory).manifest["data"].get("paths"))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from tinymoe.config import load_config
+    from tinymoe.scale import plan
+
+    plan.command(
+        load_config(options.config),
+        batch=options.batch,
+        context=options.context,
+        dtype=options.dtype,
+        device=options.device,
+        as_json=options.json,
+    )
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from tinymoe import doctor
+
+    doctor.command(as_json=options.json)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from tinymoe.bench import model
+
+    model.command(sizes=options.size, rounds=options.rounds, out=options.out)
+
+
+# Arguments.
+
+_OPTIONS = {  # of training.Options: help, in the order shown; the defaults stand there
+    "steps": (int, "updates of the weights (1500)"),
+    "batch_size": (int, "sequences in a batch (16)"),
+    "seq_len": (int, "tokens in a sequence (128)"),
+    "accumulate": (int, "batches averaged for one update (1)"),
+    "learning_rate": (float, "peak rate of AdamW (3e-3)"),
+    "warmup": (int, "steps of linear warm-up (100, or a tenth of the steps)"),
+    "weight_decay": (float, "decoupled decay, not of norms (0.1)"),
+    "beta1": (float, "of AdamW (0.9)"),
+    "beta2": (float, "of AdamW (0.95)"),
+    "clip": (float, "largest norm of the gradient, 0 for none (1.0)"),
+    "eval_every": (int, "steps between evaluations (100)"),
+    "save_every": (int, "steps between saves (100)"),
+    "seed": (int, "of weights and batches (0)"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"tinymoe: error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="tinymoe", description="Mixtral of Experts from scratch: train, write, evaluate, plan.")
+    parser.add_argument("--version", action="version", version=f"tinymoe {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        command.set_defaults(run=run)
+        return command
+
+    train = add("train", _train, "train a model on the standard library or on your text")
+    train.add_argument("--config", help="preset or config.json (small)")
+    train.add_argument("--data", nargs="+", metavar="PATH", help="text files or folders (the standard library)")
+    train.add_argument("--tokenizer", metavar="DIR", help="folder with tokenizer.json or tokenizer.model (bytes)")
+    train.add_argument("--out", metavar="RUN", help="new folder for the run (runs/ and the config's name)")
+    train.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
+    train.add_argument("--minutes", type=_positive, help="as many steps as fit; measured first, then fixed")
+    train.add_argument("--workers", type=_count, help="threads that share a batch (one per core)")
+    for name, (kind, text) in _OPTIONS.items():
+        train.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+
+    generate = add("generate", _generate, "let a model write on from a prompt")
+    generate.add_argument("model", metavar="RUN", help="run or model directory")
+    generate.add_argument("prompt", nargs="+", help="one text, or several that are continued together")
+    generate.add_argument("--max-new-tokens", type=int, default=200, help="how many tokens to add at most (200)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most probable token (0)")
+    generate.add_argument("--top-k", type=int, help="sample from the K most probable tokens")
+    generate.add_argument("--top-p", type=float, help="sample from the fewest tokens of this joint probability")
+    generate.add_argument("--seed", type=_seed, help="of the sampling (new each time)")
+    generate.add_argument("--show-routing", action="store_true", help="colour tokens by their first-choice expert")
+    generate.add_argument("--layer", type=int, help="whose routing to show (the middle one)")
+    generate.add_argument("--mmap", action="store_true", help="leave the weights on disk: for models beyond memory")
+
+    evaluate = add("eval", _eval, "measure a model's loss on text")
+    evaluate.add_argument("model", metavar="RUN", help="run or model directory")
+    evaluate.add_argument("files", nargs="*", metavar="FILE", help="text files or folders (a run's held-out text)")
+    evaluate.add_argument("--seq-len", type=int, help="tokens in a window (as trained, or at most 1024)")
+    evaluate.add_argument("--mmap", action="store_true", help="leave the weights on disk: for models beyond memory")
+
+    plan = add("plan", _plan, "count parameters, bytes and FLOPs, and say what fits where")
+    plan.add_argument("config", metavar="CONFIG", help="preset, config.json or model directory")
+    plan.add_argument("--batch", type=int, default=1, help="sequences decoded together (1)")
+    plan.add_argument("--context", type=int, help="tokens in a sequence (the model's context length)")
+    plan.add_argument("--dtype", default="bf16", help="of weights and cache: bf16, fp16 or fp32 (bf16)")
+    plan.add_argument("--device", help="one device only: h200, h100, a100-80gb, a100-40gb or here (all)")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+    bench = add("bench", _bench, "measure speed beside the peers")
+    bench.add_argument("what", choices=["model"], help="what to measure")
+    bench.add_argument("--size", nargs="+", help="sizes to measure: tiny, small, medium (all)")
+    bench.add_argument("--rounds", type=_count, default=7, help="alternating rounds (7)")
+    bench.add_argument("--out", metavar="FILE", help="also write the record as JSON")
+
+    doctor = add("doctor", _doctor, "say what is here, what it enables, and what fixes each gap")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 1024:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 1024")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value

@@ -1,0 +1,1 @@
+"""Beyond one machine's memory: what a model needs and where it fits, before anything is loaded."""
