@@ -104,7 +104,7 @@ class Part:
     name: str
     shape: tuple[int, ...]  # of the whole tensor on disk
     index: tuple[Any, ...] = ()  # the piece of it
-    rope_heads: int = 0  # when set, pairs of neighbours are to become halves
+    rope_heads: int = 0  # when set, rotary pairs are halves of each of so many heads, to become neighbours
 
     def read(self, dtype: np.dtype, row: int | None = None) -> Array:
         """Return the piece, or one row of it, converted; refuse values that are not finite."""
@@ -113,7 +113,7 @@ class Part:
         array = (stored[index] if index else self.file.get_tensor(self.name)).astype(dtype, copy=False)
         if not np.isfinite(array).all():
             raise InputError(f"{self.path}: tensor {self.name} holds values that are not finite: the file is damaged")
-        return halves_from_neighbours(array, self.rope_heads) if self.rope_heads else array
+        return neighbours_from_halves(array, self.rope_heads) if self.rope_heads else array
 
 
 class OnDisk:
@@ -253,8 +253,7 @@ def _parts(name: str, shape: tuple[int, ...], config: MixtralConfig, layout: Lay
     if short.startswith("moe.") and layout is _TRANSFORMERS and f"{prefix}mlp.gate.weight" in files.tensors:
         on_disk = on_disk.replace("block_sparse_moe", "mlp")  # version 5's name
     if len(shape) < 3:
-        heads = {"attention.wq": config.n_heads, "attention.wk": config.n_kv_heads}.get(short, 0)
-        return [files.part(on_disk, shape, rope_heads=heads if layout is _MISTRAL else 0)]
+        return [files.part(on_disk, shape, rope_heads=rope_heads(short, config) if layout is _TRANSFORMERS else 0)]
     E, F, D = config.num_experts, config.hidden_dim, config.dim
     experts = on_disk.split("{e}")[0]
     if f"{experts}gate_up_proj" in files.tensors:  # all experts in one tensor, w1 above w3
@@ -277,8 +276,18 @@ def _why_not(directory: Path, found: list[Layout]) -> str:
     return f"{directory} holds {found[0].config_file} but no {found[0].weights_file}: is the download complete?"
 
 
+def rope_heads(name: str, config: MixtralConfig) -> int:
+    """Return the number of heads in a weight whose rows are rotated, 0 for all other weights."""
+    return {"attention.wq": config.n_heads, "attention.wk": config.n_kv_heads}.get(name, 0)
+
+
+def neighbours_from_halves(w: Array, heads: int) -> Array:
+    """Reorder the rows of wq or wk (heads · K, D) from rotary pairs (j, j + K/2) to pairs (2j, 2j + 1)."""
+    return np.ascontiguousarray(w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2)).reshape(w.shape)
+
+
 def halves_from_neighbours(w: Array, heads: int) -> Array:
-    """Reorder the rows of wq or wk (heads · K, D) from rotary pairs (2i, 2i + 1) to pairs (i, i + K/2)."""
+    """Reorder the rows of wq or wk (heads · K, D) from rotary pairs (2j, 2j + 1) to pairs (j, j + K/2)."""
     return np.ascontiguousarray(w.reshape(heads, -1, 2, w.shape[1]).swapaxes(1, 2)).reshape(w.shape)
 
 
@@ -288,7 +297,7 @@ def halves_from_neighbours(w: Array, heads: int) -> Array:
 def to_hf(arrays: Mapping[str, Any], config: MixtralConfig) -> dict[str, Array]:
     """Return parameters or gradients under transformers' names on disk: Mixtral's, or Mistral's when dense.
 
-    Experts, stacked here, are separate tensors there. The arrays are views where possible.
+    Experts, stacked here, are separate tensors there, and wq and wk have their rows in another order (see `rope`).
     """
     tensors = {}
     for name, _ in config.parameter_shapes():
@@ -300,7 +309,8 @@ def to_hf(arrays: Mapping[str, Any], config: MixtralConfig) -> dict[str, Array]:
         if "{e}" in on_disk:
             tensors |= {on_disk.format(e=e): arrays[name][e] for e in range(config.num_experts)}
         else:
-            tensors[on_disk] = np.asarray(arrays[name])
+            array, heads = np.asarray(arrays[name]), rope_heads(short, config)
+            tensors[on_disk] = halves_from_neighbours(array, heads) if heads else array
     return tensors
 
 

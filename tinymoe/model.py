@@ -210,7 +210,10 @@ class Mixtral:
             o = np.empty_like(q)
             for part, cache in zip(rows, caches):
                 keys, values = cache.update(layer, k[:, part], v[:, part])
-                o[:, part], _ = self.ops.attention(q[:, part], keys, values, self.config.sliding_window)
+                if part.stop - part.start == 1:
+                    o[:, part] = self.ops.attention_decode(q[:, part], keys, values)
+                else:
+                    o[:, part], _ = self.ops.attention(q[:, part], keys, values, self.config.sliding_window)
             return o, None
 
         x, _ = self.ops.embedding(np.concatenate(sequences), self.params["tok_embeddings"])  # (N, D)
@@ -225,7 +228,7 @@ class Mixtral:
         x, _ = self.ops.rmsnorm(x[ends - 1], self.params["norm"], self.config.norm_eps)
         return self.ops.linear(x, self._head())[0], experts
 
-    def _forward(self, tokens: Array, rotation: tuple[Array, Array]) -> Forward:
+    def _forward(self, tokens: Array, rotation: Array) -> Forward:
         x, embedding_saved = self.ops.embedding(tokens.ravel(), self.params["tok_embeddings"])  # (N, D)
         blocks = []
         for layer in range(self.config.n_layers):
@@ -239,7 +242,7 @@ class Mixtral:
         layer: int,
         x: Array,
         shape: tuple[int, ...],
-        rotation: tuple[Array, Array],
+        rotation: Array,
         attend: Callable[[int, Array, Array, Array], tuple[Array, Any]],
     ) -> tuple[Array, BlockSaved]:
         """X + attention(norm(x)), then x + feed-forward(norm(x)); x is (N, D) and ``shape`` its (B, T)."""
@@ -248,8 +251,8 @@ class Mixtral:
         q, wq = ops.linear(h, self._param(layer, "attention.wq"))
         k, wk = ops.linear(h, self._param(layer, "attention.wk"))
         v, wv = ops.linear(h, self._param(layer, "attention.wv"))
-        q, rope = ops.rope(q.reshape(*shape, -1, K), *rotation)  # (B, T, H, K)
-        k, _ = ops.rope(k.reshape(*shape, -1, K), *rotation)  # (B, T, G, K)
+        q, rope = ops.rope(q.reshape(*shape, -1, K), rotation)  # (B, T, H, K)
+        k, _ = ops.rope(k.reshape(*shape, -1, K), rotation)  # (B, T, G, K)
         o, attention = attend(layer, q, k, v.reshape(*shape, -1, K))
         y, wo = ops.linear(o.reshape(len(x), -1), self._param(layer, "attention.wo"))
         y += x
@@ -270,7 +273,7 @@ class Mixtral:
     def _attend(self, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
         return self.ops.attention(q, k, v, self.config.sliding_window)
 
-    def _rotation(self, positions: Array) -> tuple[Array, Array]:
+    def _rotation(self, positions: Array) -> Array:
         return self.ops.rope_table(positions, self.config.head_dim, self.config.rope_theta, self.dtype)
 
     def _param(self, layer: int, name: str) -> Array:

@@ -5,7 +5,7 @@ E experts, k experts per token, F hidden_dim, V vocabulary, S slots (in attentio
 float32 or float64 and return what they were given.
 """
 
-from tinymoe.reference.attention import attention, attention_backward, attention_plain
+from tinymoe.reference.attention import attention, attention_backward, attention_decode, attention_plain
 from tinymoe.reference.balance import (
     expert_load,
     hf_load_balancing_loss,
@@ -24,12 +24,14 @@ from tinymoe.reference.optimizer import AdamW, adamw
 from tinymoe.reference.rmsnorm import rmsnorm, rmsnorm_backward
 from tinymoe.reference.rope import rope, rope_backward, rope_table
 from tinymoe.reference.router import route, route_backward
+from tinymoe.reference.softmax import softmax
 
 __all__ = [
     "AdamW",
     "adamw",
     "attention",
     "attention_backward",
+    "attention_decode",
     "attention_plain",
     "combine",
     "combine_backward",
@@ -58,6 +60,7 @@ __all__ = [
     "rope_table",
     "route",
     "route_backward",
+    "softmax",
     "swiglu",
     "swiglu_backward",
     "switch_loss",

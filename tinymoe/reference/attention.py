@@ -5,23 +5,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinymoe.reference.softmax import softmax
+
 Array = np.ndarray
 
 QUERY_BLOCK = 64  # queries in a block: long enough for the matrix products, short enough to skip most hidden keys
 KEY_TILE = 1024  # keys in a tile, at least QUERY_BLOCK so that each query sees some key of its first tile
-KEEP_PROBS = 512  # up to this many keys the probabilities are kept for the backward: 15 % faster than recomputing
+KEEP_WEIGHTS = 512  # up to this many keys the weights are kept for the backward: 15 % faster than recomputing
 
 
 class AttentionSaved(NamedTuple):
-    """What the backward of `attention` needs: O(T) memory, but for the probabilities of short sequences."""
+    """What the backward of `attention` needs: O(T) memory, but for the weights of short sequences."""
 
     q: Array  # (B, T, H, K)
     k: Array  # (B, S, G, K)
     v: Array  # (B, S, G, K)
     o: Array  # (B, T, H, K)
-    log_normaliser: Array  # (B, G, R, T, 1) log Σ exp(score)
+    highest: Array  # (B, G, R, T, 1) the largest score
+    total: Array  # (B, G, R, T, 1) Σ exp(score − highest)
     window: int | None
-    probs: list[Array] | None  # of each tile, in the order of _tiles
+    weights: list[Array] | None  # exp(score − highest) of each tile, in the order of _tiles
 
 
 def attention(q: Array, k: Array, v: Array, window: int | None = None) -> tuple[Array, AttentionSaved]:
@@ -55,8 +58,8 @@ def attention(q: Array, k: Array, v: Array, window: int | None = None) -> tuple[
     queries = _by_group(q, groups)  # (B, G, R, T, K)
     o = np.empty(q.shape, q.dtype)
     outputs = _by_group(o, groups)
-    log_normaliser = np.empty((*queries.shape[:4], 1), q.dtype)
-    probs: list[Array] | None = [] if S <= KEEP_PROBS else None
+    highests, totals = (np.empty((*queries.shape[:4], 1), q.dtype) for _ in range(2))
+    weights: list[Array] | None = [] if S <= KEEP_WEIGHTS else None
     for rows, tiles in _tiles(T, S, window):
         q_block = _fold(queries, rows, q.shape[3] ** -0.5)  # (B, G, R·n, K)
         highest: Any = None
@@ -79,11 +82,10 @@ def attention(q: Array, k: Array, v: Array, window: int | None = None) -> tuple[
                 total = total * rescale + scores.sum(axis=-1, keepdims=True)
                 out = out * rescale + scores @ values[:, :, cols]
         outputs[:, :, :, rows] = _unfold(out / total, queries)
-        log_normaliser[:, :, :, rows] = _unfold(highest + np.log(total), queries)
-        if probs is not None:  # so few keys are one tile, and its maximum is final
-            scores /= total
-            probs.append(scores)
-    return o, AttentionSaved(q, k, v, o, log_normaliser, window, probs)
+        highests[:, :, :, rows], totals[:, :, :, rows] = _unfold(highest, queries), _unfold(total, queries)
+        if weights is not None:  # so few keys are one tile, and its maximum is final
+            weights.append(scores)
+    return o, AttentionSaved(q, k, v, o, highests, totals, window, weights)
 
 
 def attention_backward(do: Array, saved: AttentionSaved) -> tuple[Array, Array, Array]:
@@ -91,8 +93,9 @@ def attention_backward(do: Array, saved: AttentionSaved) -> tuple[Array, Array, 
 
     With P the probabilities and dP = do vᵀ: dv = Pᵀ do, and the scores' gradient is dS = P ⊙ (dP − δ) with
     δ = Σ_s P dP = do · o, which needs no second pass over the keys. Then dq = dS k / √K and dk = dSᵀ q / √K.
+    P is weights / total; dividing do and δ by total instead is the same, and they are smaller.
     """
-    q, k, v, o, log_normaliser, window, probs = saved
+    q, k, v, o, highests, totals, window, weights = saved
     T, S, groups = q.shape[1], k.shape[1], k.shape[2]
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # (B, G, S, K)
     dq, dk, dv = np.empty(q.shape, q.dtype), np.zeros(k.shape, k.dtype), np.zeros(v.shape, v.dtype)
@@ -100,28 +103,51 @@ def attention_backward(do: Array, saved: AttentionSaved) -> tuple[Array, Array, 
     queries, dqueries, doutputs = _by_group(q, groups), _by_group(dq, groups), _by_group(do, groups)
     deltas = _by_group(np.vecdot(do, o)[..., None], groups)  # (B, G, R, T, 1)
     scale = q.shape[3] ** -0.5
-    kept = iter(probs) if probs is not None else None
+    kept = iter(weights) if weights is not None else None
     for rows, tiles in _tiles(T, S, window):
         q_block, do_block = _fold(queries, rows, scale), _fold(doutputs, rows)  # (B, G, R·n, K)
-        delta, lse = _fold(deltas, rows), _fold(log_normaliser, rows)  # (B, G, R·n, 1)
+        delta, highest, total = _fold(deltas, rows), _fold(highests, rows), _fold(totals, rows)  # (B, G, R·n, 1)
+        do_block /= total
+        delta /= total
         dq_block = np.zeros_like(q_block)
         for cols in tiles:
             if kept is not None:
-                p = next(kept)
+                w = next(kept)
             else:
-                p = q_block @ keys[:, :, cols].swapaxes(2, 3)  # (B, G, R·n, m)
-                _hide(p, rows, cols, S - T, window)
-                p -= lse
-                np.exp(p, out=p)
-            dvalues[:, :, cols] += p.swapaxes(2, 3) @ do_block
+                w = q_block @ keys[:, :, cols].swapaxes(2, 3)  # (B, G, R·n, m)
+                _hide(w, rows, cols, S - T, window)
+                w -= highest
+                np.exp(w, out=w)
+            dvalues[:, :, cols] += w.swapaxes(2, 3) @ do_block
             ds = do_block @ values[:, :, cols].swapaxes(2, 3)
             ds -= delta
-            ds *= p
+            ds *= w
             dq_block += ds @ keys[:, :, cols]
             dkeys[:, :, cols] += ds.swapaxes(2, 3) @ q_block
         dq_block *= scale
         dqueries[:, :, :, rows] = _unfold(dq_block, queries)
     return dq, dk, dv
+
+
+def attention_decode(q: Array, k: Array, v: Array) -> Array:
+    """Compute `attention` of one query over the keys of a cache: it sees them all, so there is nothing to hide.
+
+    Parameters
+    ----------
+    q
+        (B, 1, H, K).
+    k, v
+        (B, S, G, K), those that the query sees, in any order.
+
+    Returns
+    -------
+    o
+        (B, 1, H, K).
+    """
+    B, _, H, K = q.shape
+    queries = q.reshape(B, k.shape[2], -1, K) * K**-0.5  # (B, G, R, K)
+    probs = softmax(queries @ k.transpose(0, 2, 3, 1))  # (B, G, R, S)
+    return (probs @ v.transpose(0, 2, 1, 3)).reshape(B, 1, H, K)
 
 
 def attention_plain(q: Array, k: Array, v: Array, window: int | None = None) -> Array:

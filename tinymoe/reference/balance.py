@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinymoe.reference.router import softmax, top_k_ids
+from tinymoe.reference.router import top_k_ids
+from tinymoe.reference.softmax import softmax
 
 Array = np.ndarray
 

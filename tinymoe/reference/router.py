@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinymoe.reference.linear import LinearSaved, linear, linear_backward
+from tinymoe.reference.softmax import softmax
 
 Array = np.ndarray
 
@@ -62,7 +63,7 @@ def route(x: Array, w_gate: Array, top_k: int) -> tuple[Routing, RouteSaved]:
         raise FloatingPointError("the router's logits are not finite")
     probs = softmax(logits)
     experts = top_k_ids(probs, top_k)
-    chosen = np.take_along_axis(probs, experts, axis=1)  # (N, k)
+    chosen = probs[np.arange(len(x))[:, None], experts]  # (N, k)
     weights = chosen / chosen.sum(axis=1, keepdims=True)
     return Routing(weights, experts, logits), RouteSaved(x, w_gate, weights, experts)
 
@@ -91,21 +92,6 @@ def route_backward(dweights: Array, dlogits: Array | None, saved: RouteSaved) ->
     return linear_backward(total, LinearSaved(x, w_gate))
 
 
-def softmax(logits: Array) -> Array:
-    """Return exp(logits) / Σ exp(logits) over the last axis, shifted by the maximum so that exp cannot overflow."""
-    probs = logits - logits.max(axis=-1, keepdims=True)
-    np.exp(probs, out=probs)
-    probs /= probs.sum(axis=-1, keepdims=True)
-    return probs
-
-
 def top_k_ids(scores: Array, top_k: int) -> Array:
     """Return the columns (N, k) of the k largest scores of each row, largest first, ties to the lowest column."""
-    if top_k > 2:
-        return np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
-    first = scores.argmax(axis=1)[:, None]  # argmax returns the lowest of equals
-    if top_k == 1:
-        return first
-    others = scores.copy()
-    np.put_along_axis(others, first, -np.inf, axis=1)
-    return np.concatenate([first, others.argmax(axis=1)[:, None]], axis=1)
+    return np.argsort(-scores, axis=1, kind="stable")[:, :top_k]

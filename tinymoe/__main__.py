@@ -1,0 +1,7 @@
+"""`python -m tinymoe` is the `tinymoe` command."""
+
+import sys
+
+from tinymoe.cli import main
+
+sys.exit(main())
