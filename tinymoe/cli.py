@@ -71,6 +71,7 @@ def _train(options: argparse.Namespace) -> None:
 def _started(options: argparse.Namespace) -> "tuple[Run, Corpus]":
     from tinymoe import runs, training, workers
     from tinymoe.config import load_config
+    from tinymoe.data import Batches
     from tinymoe.tokenizer import copy_tokenizer, load_tokenizer
 
     name = options.config or "small"
@@ -81,15 +82,16 @@ def _started(options: argparse.Namespace) -> "tuple[Run, Corpus]":
         raise InputError(f"--seq-len {wanted.seq_len} exceeds the context of {config.context_len}: give less")
     directory = Path(options.out or Path("runs") / Path(name).stem)
     runs.refuse_existing(directory)
-    source = options.tokenizer or directory
-    tokenizer = load_tokenizer(source, config.vocab_size)
+    tokenizer = load_tokenizer(options.tokenizer or directory, config.vocab_size)
     corpus = _corpus(options.data)
+    tokens = corpus.train_tokens(tokenizer)
+    Batches(tokens, wanted.batch_size, wanted.seq_len, wanted.seed)  # refuses text that is too short,
+    corpus.held_out_tokens(tokenizer)  # and this what leaves nothing to evaluate, before the folder is made
     if options.minutes is not None:
         print(f"measuring how many steps fit into {options.minutes:g} minutes", flush=True)
-        tokens = corpus.train_tokens(tokenizer)
-        wanted = dataclasses.replace(wanted, steps=training.steps_within(60 * options.minutes, config, tokens, wanted))
-        wanted = dataclasses.replace(wanted, warmup=min(wanted.warmup, wanted.steps // 10))
-    elif options.warmup is None:
+        steps = training.steps_within(60 * options.minutes, config, tokens, wanted)
+        wanted = dataclasses.replace(wanted, steps=steps)
+    if options.warmup is None:
         wanted = dataclasses.replace(wanted, warmup=min(wanted.warmup, wanted.steps // 10))
     command = shlex.join(["tinymoe", *sys.argv[1:]])
     cores = options.workers or workers.usable_cores()
@@ -184,7 +186,8 @@ def _eval(options: argparse.Namespace) -> None:
     else:
         raise InputError("no text to evaluate on: name at least one file or folder")
     trained = runs.open_run(directory).manifest["options"].get("seq_len") if is_run else None
-    seq_len = options.seq_len or trained or min(model.config.context_len, 1024)
+    default = trained or min(model.config.context_len, 1024)
+    seq_len = default if options.seq_len is None else options.seq_len
     if not 1 <= seq_len <= model.config.context_len:
         raise InputError(f"--seq-len is {seq_len}; give from 1 to the context of {model.config.context_len}")
     print(f"{'loss':>8} {'perplexity':>11} {'bits/byte':>10}   in windows of {seq_len} tokens")

@@ -1,6 +1,7 @@
 """Writing to the terminal: text as it comes, characters whole, tokens coloured by their expert if asked."""
 
 import colorsys
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,7 +79,8 @@ def _write_routing(
     layer = config.n_layers // 2 if layer is None else layer
     if not 0 <= layer < config.n_layers:
         raise InputError(f"--layer is {layer}; the model has layers 0 to {config.n_layers - 1}")
-    console = Console(force_terminal=True, soft_wrap=True)
+    true = os.environ.get("COLORTERM") in ("truecolor", "24bit")  # with 16 colours, experts would share some
+    console = Console(force_terminal=True, color_system="truecolor" if true else "256", soft_wrap=True)
     colours = [expert_colour(expert, config.num_experts) for expert in range(config.num_experts)]
     legend = Text.assemble(*((f"█ {expert}  ", colour) for expert, colour in enumerate(colours)))
     console.print(f"first-choice expert in layer {layer}: ", legend, sep="")
