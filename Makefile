@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
-MINUTES ?= 3.5
+MINUTES ?= 3
 
 .PHONY: demo test lint golden bench clean
 
