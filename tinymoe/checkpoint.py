@@ -1,19 +1,19 @@
 """Checkpoints: safetensors in transformers' and Mistral's layouts, whole or memory-mapped, written atomically."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from tinymoe.atomic import write_json, write_tensors
 from tinymoe.config import MixtralConfig, read_json_object
 from tinymoe.errors import InputError
 
@@ -22,6 +22,7 @@ STORED = {"F64", "F32", "F16", "BF16"}
 SAVED = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 SHARD_BYTES = 5 * 10**9
+LARGEST_HEADER = 10**8  # bytes; the limit of safetensors itself
 
 # Our name (without layers.N.) -> the name on disk, first in transformers' files, then in Mistral's. {e} is the expert.
 TOP = {
@@ -108,11 +109,14 @@ class Part:
 
     def read(self, dtype: np.dtype, row: int | None = None) -> Array:
         """Return the piece, or one row of it, converted; refuse values that are not finite."""
-        stored = self.file.get_slice(self.name)
         index = self.index if row is None else (*self.index, row)
-        array = (stored[index] if index else self.file.get_tensor(self.name)).astype(dtype, copy=False)
+        stored = self.file.get_slice(self.name)[index] if index else self.file.get_tensor(self.name)
+        with np.errstate(over="ignore"):
+            array = stored.astype(dtype, copy=False)
         if not np.isfinite(array).all():
-            raise InputError(f"{self.path}: tensor {self.name} holds values that are not finite: the file is damaged")
+            raise InputError(
+                f"{self.path}: tensor {self.name} holds values that are not finite in {dtype}: is it damaged?"
+            )
         return neighbours_from_halves(array, self.rope_heads) if self.rope_heads else array
 
 
@@ -161,6 +165,9 @@ class MappedParams(Mapping[str, Any]):
         tensor = self._on_disk[name]
         return tensor if len(tensor.shape) == 3 or name == "tok_embeddings" else np.asarray(tensor)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._on_disk  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._on_disk)
 
@@ -204,8 +211,8 @@ def _open(path: Path) -> _Files:
         raise InputError(f"{path}: weight_map must be an object from tensor names to shard files")
     tensors: dict[str, tuple[Any, Path]] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise InputError(f"{path}: shard {shard!r} is no plain file name in the model directory")
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise InputError(f"{path}: shard {shard!r} is not the name of a safetensors file in the model directory")
         file = _open_file(path.parent / shard)
         tensors |= dict.fromkeys(file.keys(), (file, path.parent / shard))
     for name, shard in weight_map.items():
@@ -218,16 +225,19 @@ def _open_file(path: Path) -> Any:
     try:
         return safe_open(path, "np")
     except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {_cut_tensor(path) or str(error).splitlines()[0]}") from None
+        raise InputError(f"{path} cannot be read: {_diagnosis(path) or str(error).splitlines()[0]}") from None
 
 
-def _cut_tensor(path: Path) -> str | None:
-    """Say which tensor a truncated file ends in, if that is what is wrong with it."""
+def _diagnosis(path: Path) -> str | None:
+    """Say which tensor a truncated file ends in, or what is there in place of weights, if that is what is wrong."""
     try:
         with open(path, "rb") as file:
-            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            start = file.read(8)
+            if start.startswith((b"version ", b"<")):
+                return "it is a git-LFS pointer or a web page, not the weights: download the file itself"
+            (header_bytes,) = struct.unpack("<Q", start)
             size = os.fstat(file.fileno()).st_size
-            header = json.loads(file.read(min(header_bytes, size)))
+            header = json.loads(file.read(header_bytes if header_bytes <= min(size, LARGEST_HEADER) else 0))
         tensors = [(spec["data_offsets"][1], name) for name, spec in header.items() if name != "__metadata__"]
         end, name = min((end, name) for end, name in tensors if 8 + header_bytes + end > size)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, struct.error):
@@ -340,58 +350,63 @@ def save(
     dtype = dtype or str(params["norm"].dtype)
     if dtype not in SAVED:
         raise InputError(f"dtype {dtype!r} is not one to save in; give {', '.join(SAVED)}")
-    directory = Path(directory)
-    tensors = {name: np.ascontiguousarray(a, SAVED[dtype]) for name, a in to_hf(params, config).items()}
-    shards: list[dict[str, Array]] = [{}]
-    for name, array in tensors.items():
-        if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > shard_bytes:
-            shards.append({})
-        shards[-1][name] = array
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    shards = _shards(_converted(to_hf(params, config), SAVED[dtype]), shard_bytes)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if len(shards) == 1:
-            write_tensors(single, tensors, {"format": "pt"})
-            index.unlink(missing_ok=True)
-        else:
-            names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-            for file, shard in zip(names, shards):
-                write_tensors(directory / file, shard, {"format": "pt"})
-            weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
-            total = sum(a.nbytes for a in tensors.values())
-            write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-            single.unlink(missing_ok=True)
-        write_json(directory / "config.json", config.to_hf() | {"dtype": dtype})
+        _replace_weights(Path(directory), shards)
+        write_json(Path(directory) / "config.json", config.to_hf() | {"dtype": dtype})
     except OSError as error:
         raise InputError(f"cannot write to {directory}: {error.strerror or error}") from None
 
 
-def write_tensors(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically."""
-    with replacing(path) as partial:
+def _converted(tensors: dict[str, Array], dtype: Any) -> dict[str, Array]:
+    converted = {}
+    for name, array in tensors.items():
+        with np.errstate(over="ignore"):
+            converted[name] = np.ascontiguousarray(array, dtype)
+        if not np.isfinite(converted[name]).all():
+            raise InputError(f"tensor {name} holds values that are not finite in {np.dtype(dtype)}: nothing was saved")
+    return converted
+
+
+def _shards(tensors: dict[str, Array], shard_bytes: int) -> list[dict[str, Array]]:
+    """Cut tensors into groups of at most so many bytes, or one tensor."""
+    shards: list[dict[str, Array]] = [{}]
+    size = 0
+    for name, array in tensors.items():
+        if shards[-1] and size + array.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size += array.nbytes
+    return shards
+
+
+def _replace_weights(directory: Path, shards: list[dict[str, Array]]) -> None:
+    """Write the weights, and only when all are there make them those of the directory, in one step.
+
+    A single file is renamed into place. Shards get names that no file has, and the index that names them is renamed
+    into place. What was there before is deleted last.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    before = set(directory.glob("model-*-of-*.safetensors"))
+    if len(shards) == 1:
+        write_tensors(single, shards[0], {"format": "pt"})
+        index.unlink(missing_ok=True)
+    else:
+        turn = next(t for t in count() if not list(directory.glob(f"model-{t}-*-of-*.safetensors")))
+        names = [f"model-{turn}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         try:
-            save_file(tensors, partial, metadata)
-        except SafetensorError as error:  # the disk is full, say
-            raise OSError(str(error)) from None
-        os.umask(mask := os.umask(0))
-        partial.chmod(0o666 & ~mask)  # safetensors makes it private
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file atomically."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(values, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; then flush it to disk and rename it to ``path`` in one step."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            for name, shard in zip(names, shards):
+                write_tensors(directory / name, shard, {"format": "pt"})
+            weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+            total = sum(array.nbytes for shard in shards for array in shard.values())
+            write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        except BaseException:
+            if not (index.exists() and names[0] in index.read_text()):
+                for name in names:
+                    (directory / name).unlink(missing_ok=True)
+            raise
+        single.unlink(missing_ok=True)
+    for path in before:
+        path.unlink(missing_ok=True)

@@ -155,6 +155,7 @@ class Mixtral:
 
     # Forward.
 
+    @workers.kept_memory()
     def __call__(self, tokens: Array) -> Array:
         """Return the logits (B, T, V) of the token after each of tokens (B, T).
 
@@ -182,6 +183,7 @@ class Mixtral:
                 return layer
         return None
 
+    @workers.kept_memory()
     def extend(self, sequences: list[Array], caches: list[KVCache]) -> tuple[Array, list[Array]]:
         """Feed new tokens to sequences whose past is in their caches, one cache each, which grow by them.
 
@@ -227,6 +229,14 @@ class Mixtral:
             cache.advance(len(tokens))
         x, _ = self.ops.rmsnorm(x[ends - 1], self.params["norm"], self.config.norm_eps)
         return self.ops.linear(x, self._head())[0], experts
+
+    def router_logits(self, tokens: Array) -> list[Array]:
+        """Return the router's logits (N, E) of tokens (B, T), layer by layer; nothing for a dense model."""
+        tokens = self._checked(tokens)
+        if self.config.num_experts == 0:
+            return []
+        forward = self._forward(tokens, self._rotation(np.arange(tokens.shape[1])))
+        return [block.ffn.routing.logits for block in forward.blocks]
 
     def _forward(self, tokens: Array, rotation: Array) -> Forward:
         x, embedding_saved = self.ops.embedding(tokens.ravel(), self.params["tok_embeddings"])  # (N, D)

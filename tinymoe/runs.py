@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from tinymoe import __version__, checkpoint
+from tinymoe import __version__, atomic, checkpoint
 from tinymoe.config import MixtralConfig, read_json_object
 from tinymoe.errors import InputError
 from tinymoe.model import Mixtral
@@ -54,8 +54,8 @@ def create(
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(directory / "config.json", config.to_hf() | {"dtype": "float32"})
-        checkpoint.write_json(directory / MANIFEST, manifest)
+        atomic.write_json(directory / "config.json", config.to_hf() | {"dtype": "float32"})
+        atomic.write_json(directory / MANIFEST, manifest)
     except OSError as error:
         raise InputError(f"cannot write to {directory}: {error.strerror or error}") from None
     return Run(directory, config, manifest)
@@ -105,7 +105,7 @@ def save(run: Run, model: Mixtral, optimizer: AdamW) -> None:
     arrays |= {f"m.{name}": m for name, m in optimizer.m.items()}
     arrays |= {f"v.{name}": v for name, v in optimizer.v.items()}
     try:
-        checkpoint.write_tensors(run.directory / STATE, arrays, {"step": str(optimizer.steps)})
+        atomic.write_tensors(run.directory / STATE, arrays, {"step": str(optimizer.steps)})
     except OSError as error:
         raise InputError(f"cannot write to {run.directory}: {error.strerror or error}") from None
     checkpoint.save(run.directory, model.params, run.config)
@@ -155,7 +155,7 @@ class Metrics:
         path = run.directory / METRICS
         kept = [line for line in read_metrics(path) if line["step"] <= steps]
         try:
-            with checkpoint.replacing(path) as partial:
+            with atomic.replacing(path) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self._file = open(path, "a")  # noqa: SIM115 (closed by close)
         except OSError as error:

@@ -1,9 +1,10 @@
 """Data-parallel workers: threads with one BLAS thread each, and memory that is kept from step to step."""
 
+import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,15 +22,23 @@ def run(function: Callable[..., Any], *arguments: Iterable[Any], workers: int) -
     NumPy lets go of the interpreter inside its loops, so threads run side by side, and cutting the batch once keeps
     both cores busy in every line: cutting each matrix product in BLAS leaves all that lies between to one core.
     """
-    _keep_memory()
+    with _one_blas_thread(), kept_memory():
+        return list(map(function, *arguments) if workers == 1 else _pool(workers).map(function, *arguments))
+
+
+@functools.cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="tinymoe")
+
+
+@contextlib.contextmanager
+def _one_blas_thread() -> Iterator[None]:
     libraries = _blas()
     before = [library.num_threads for library in libraries]
     for library in libraries:
         library.set_num_threads(1)
     try:
-        if workers == 1:
-            return list(map(function, *arguments))
-        return list(_pool(workers).map(function, *arguments))
+        yield
     finally:
         for library, threads in zip(libraries, before):
             library.set_num_threads(threads)
@@ -40,24 +49,32 @@ def _blas() -> list[Any]:
     return ThreadpoolController().select(user_api="blas").lib_controllers
 
 
-@functools.cache
-def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="tinymoe")
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """Have glibc serve every allocation from its heap, and keep what is freed there.
 
-
-@functools.cache
-def _keep_memory() -> None:
-    """Tell glibc to keep freed memory instead of returning it to the system.
-
-    A training step allocates the same arrays as the step before. By default each large one is mapped afresh and
-    its pages fault in one by one, which costs more than most of what is computed in it. Elsewhere than in glibc
-    nothing changes.
+    A training step allocates the same arrays as the step before. By default the large ones are mapped afresh each
+    time and their pages fault in one by one, which can cost more than what is computed in them. Outside, large arrays
+    are mapped again, from the size on at which glibc's own adaptation ends. Without glibc nothing changes.
     """
+    mallopt = _mallopt()
+    mallopt(M_MMAP_MAX, 0)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_MAX, 65536)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # of malloc.h
+
+
+@functools.cache
+def _mallopt() -> Callable[[int, int], int]:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_… in malloc.h
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(arena_max, 1)
+        return lambda option, value: 0
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_MMAP_THRESHOLD, 2**25)
+    mallopt(M_ARENA_MAX, 1)  # one heap for all workers: what one frees the next can use
+    return mallopt

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tinymoe import workers
+from tinymoe.atomic import replacing
 from tinymoe.bench.timing import alternate, machine, ratio
-from tinymoe.checkpoint import replacing
 from tinymoe.config import MixtralConfig
 from tinymoe.errors import InputError
 from tinymoe.generation import generate

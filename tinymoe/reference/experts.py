@@ -33,8 +33,12 @@ class FFNSaved(NamedTuple):
 class ExpertsSaved(NamedTuple):
     """What the backward of `expert_ffn` needs."""
 
+    x: Array  # (S, D)
+    w1: Array  # (E, F, D); the stacks, which may lie on disk, and not the experts that were read from them
+    w2: Array  # (E, D, F)
+    w3: Array  # (E, F, D)
     offsets: list[int]  # (E + 1,)
-    ffn: dict[int, FFNSaved]  # by expert, of those that have rows
+    activations: dict[int, tuple[Array, SwigluSaved]]  # by expert, of those that have rows
 
 
 def swiglu(gate: Array, up: Array) -> tuple[Array, SwigluSaved]:
@@ -123,22 +127,23 @@ def expert_ffn(x: Array, w1: Array, w2: Array, w3: Array, offsets: list[int]) ->
     Section 2.1 of the paper.
     """
     out = np.empty_like(x)
-    saved = {}
+    activations = {}
     for e, rows in _groups(offsets):
-        out[rows], saved[e] = ffn(x[rows], w1[e], w2[e], w3[e])
-    return out, ExpertsSaved(offsets, saved)
+        out[rows], saved = ffn(x[rows], w1[e], w2[e], w3[e])
+        activations[e] = saved.hidden, saved.swiglu
+    return out, ExpertsSaved(x, w1, w2, w3, offsets, activations)
 
 
 def expert_ffn_backward(dout: Array, saved: ExpertsSaved) -> tuple[Array, Array, Array, Array]:
     """Return dx (S, D), dw1 (E, F, D), dw2 (E, D, F), dw3 (E, F, D); exactly zero for an expert without rows."""
-    offsets, ffn_saved = saved
-    num_experts, D, F = len(offsets) - 1, dout.shape[1], next(iter(ffn_saved.values())).hidden.shape[1]
+    x, w1, w2, w3, offsets, activations = saved
     dx = np.empty_like(dout)
-    dw1, dw2, dw3 = (np.empty((num_experts, *shape), dout.dtype) for shape in ((F, D), (D, F), (F, D)))
+    dw1, dw2, dw3 = (np.empty(w.shape, dout.dtype) for w in (w1, w2, w3))
     for dw in (dw1, dw2, dw3):
         dw[np.diff(offsets) == 0] = 0
     for e, rows in _groups(offsets):
-        dx[rows], *_ = ffn_backward(dout[rows], ffn_saved[e], into=(dw1[e], dw2[e], dw3[e]))
+        ffn_saved = FFNSaved(x[rows], w1[e], w2[e], w3[e], *activations[e])
+        dx[rows], *_ = ffn_backward(dout[rows], ffn_saved, into=(dw1[e], dw2[e], dw3[e]))
     return dx, dw1, dw2, dw3
 
 
