@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from strategies import configs
 
 from tinymoe import MixtralConfig
 from tinymoe.config import PRESETS, load_config
@@ -30,25 +31,6 @@ PART_OF = {
     **dict.fromkeys(("w1", "w2", "w3"), "feed_forward"),
     **dict.fromkeys(("norm", "attention_norm", "ffn_norm"), "norms"),
 }
-
-
-@st.composite
-def configs(draw):
-    kv_heads, experts = draw(st.integers(1, 3)), draw(st.integers(0, 5))
-    return MixtralConfig(
-        dim=draw(st.integers(1, 24)),
-        n_layers=draw(st.integers(1, 4)),
-        head_dim=2 * draw(st.integers(1, 4)),
-        hidden_dim=draw(st.integers(1, 24)),
-        n_heads=kv_heads * draw(st.integers(1, 3)),
-        n_kv_heads=kv_heads,
-        context_len=draw(st.integers(1, 60)),
-        vocab_size=draw(st.integers(1, 40)),
-        num_experts=experts,
-        top_k_experts=draw(st.integers(1, experts)) if experts else 0,
-        sliding_window=draw(st.none() | st.integers(1, 80)),
-        tie_embeddings=draw(st.booleans()),
-    )
 
 
 @given(configs())

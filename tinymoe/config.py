@@ -98,14 +98,16 @@ class MixtralConfig:
                 f"n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}: "
                 "each key/value head serves the same number of query heads"
             )
-        if self.num_experts and self.top_k_experts > self.num_experts:
+        if self.num_experts == 0:
+            object.__setattr__(self, "top_k_experts", 0)
+        if self.top_k_experts > self.num_experts:
             raise InputError(f"top_k_experts is {self.top_k_experts}, but there are only {self.num_experts} experts")
         _require_number("rope_theta", self.rope_theta, above=0)
         _require_number("norm_eps", self.norm_eps, above=0)
         _require_number("aux_loss_coef", self.aux_loss_coef, least=0)
         _require_number("z_loss_coef", self.z_loss_coef, least=0)
         if not isinstance(self.tie_embeddings, bool):
-            raise InputError(f"tie_embeddings is {self.tie_embeddings!r}; give true or false")
+            raise InputError(f"tie_embeddings is {_short(self.tie_embeddings)}; give true or false")
 
     # Presets. Each takes changes by name: MixtralConfig.tiny(num_experts=4).
 
@@ -203,15 +205,15 @@ class MixtralConfig:
         """Read the contents of transformers' config.json (Mixtral or Mistral); absent keys take its defaults."""
         kind = values.get("model_type")
         if kind not in ("mixtral", "mistral"):
-            raise InputError(f"model_type is {kind!r}; tinymoe reads 'mixtral' and 'mistral'")
+            raise InputError(f"model_type is {_short(kind)}; tinymoe reads 'mixtral' and 'mistral'")
         if values.get("hidden_act", "silu") != "silu":
-            raise InputError(f"hidden_act is {values['hidden_act']!r}; Mixtral's experts use 'silu'")
+            raise InputError(f"hidden_act is {_short(values['hidden_act'])}; Mixtral's experts use 'silu'")
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if not isinstance(rope, dict):
-            raise InputError(f"rope_parameters is {rope!r}; give an object with rope_theta")
+            raise InputError(f"rope_parameters is {_short(rope)}; give an object with rope_theta")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default":
-            raise InputError(f"rope_type is {rope_type!r}; tinymoe has only 'default', unscaled rotary positions")
+            raise InputError(f"rope_type is {_short(rope_type)}; tinymoe has only 'default', unscaled rotary positions")
         read = {name: values[key] for name, key in HF_KEYS.items() if key in values}
         if "rope_theta" in rope:
             read["rope_theta"] = rope["rope_theta"]
@@ -233,7 +235,7 @@ class MixtralConfig:
             raise InputError(f"params.json lacks {', '.join(missing)}")
         moe = values.get("moe") or {}
         if not isinstance(moe, dict) or (moe and {"num_experts", "num_experts_per_tok"} - set(moe)):
-            raise InputError(f"params.json: moe is {moe!r}; it needs num_experts and num_experts_per_tok")
+            raise InputError(f"params.json: moe is {_short(moe)}; it needs num_experts and num_experts_per_tok")
         return cls(
             **{key: values[key] for key in shape},
             rope_theta=values.get("rope_theta") or (1e6 if moe else 1e4),
@@ -275,13 +277,17 @@ def load_config(name: str | os.PathLike[str]) -> MixtralConfig:
     if str(name) in PRESETS:
         return getattr(MixtralConfig, str(name))()
     path = Path(name)
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except (OSError, ValueError):  # no file can have that name
+        is_directory = False
+    if is_directory:
         found = [path / file for file in ("config.json", "params.json") if (path / file).is_file()]
         if not found:
             raise InputError(f"{path} holds neither config.json nor params.json: is it a model directory?")
         path = found[0]
-    if not path.is_file():
-        raise InputError(f"no config {str(name)!r}: give one of {', '.join(PRESETS)}, or a config.json")
+    if not os.path.isfile(path):
+        raise InputError(f"no config {_short(str(name))}: give one of {', '.join(PRESETS)}, or a config.json")
     return MixtralConfig.from_file(path)
 
 

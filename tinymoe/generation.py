@@ -83,10 +83,9 @@ def stream(
     seed: int | None = None,
 ) -> Iterator[Generated]:
     """Yield the next token of every prompt as soon as it is known; the parameters are those of `generate`."""
-    _check_options(max_new_tokens, temperature, top_k, top_p)
-    for prompt in prompts:
-        _check_prompt(model, np.asarray(prompt), max_new_tokens)
-    return _stream(model, prompts, max_new_tokens, temperature, top_k, top_p, eos_token, seed)
+    _check_options(max_new_tokens, temperature, top_k, top_p, seed)
+    checked = [_checked_prompt(model, np.asarray(prompt), max_new_tokens) for prompt in prompts]
+    return _stream(model, checked, max_new_tokens, temperature, top_k, top_p, eos_token, seed)
 
 
 def _stream(
@@ -130,7 +129,8 @@ def sample(logits: Array, temperature: float, top_k: int | None, top_p: float | 
     if temperature == 0:
         return int(logits.argmax())
     order = np.argsort(-logits, kind="stable")[:top_k]  # most probable first
-    probs = np.exp((logits[order] - logits[order[0]]).astype(np.float64) / temperature)
+    with np.errstate(over="ignore"):  # a temperature near 0 sends all but the largest to −∞
+        probs = np.exp((logits[order] - logits[order[0]]).astype(np.float64) / temperature)
     cumulative = np.cumsum(probs)
     if top_p is not None:
         cumulative = cumulative[: 1 + np.searchsorted(cumulative, top_p * cumulative[-1])]
@@ -143,7 +143,7 @@ def _is_batch(prompt_tokens: Array | Sequence[Array]) -> bool:
     )
 
 
-def _check_prompt(model: Mixtral, prompt: Array, max_new_tokens: int) -> None:
+def _checked_prompt(model: Mixtral, prompt: Array, max_new_tokens: int) -> Array:
     if prompt.ndim != 1 or prompt.dtype.kind not in "iu" or prompt.size == 0:
         raise InputError(f"a prompt must be a non-empty (T,) array of integers; got {prompt.dtype} of {prompt.shape}")
     check_tokens(prompt, model.config.vocab_size)
@@ -152,14 +152,16 @@ def _check_prompt(model: Mixtral, prompt: Array, max_new_tokens: int) -> None:
             f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones exceed the context of "
             f"{model.config.context_len}: shorten the prompt or ask for fewer"
         )
+    return prompt.astype(np.int64)
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if max_new_tokens < 0:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; give 0 or more")
+def _check_options(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int | None
+) -> None:
+    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("top_k", top_k, 1), ("seed", seed, 0)):
+        if value is not None and (not isinstance(value, int | np.integer) or value < least):
+            raise InputError(f"{name} is {value}; give an integer of at least {least}")
     if not 0 <= temperature < np.inf:
         raise InputError(f"temperature is {temperature}; give 0 for the most probable token, or more to sample")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k is {top_k}; give at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}; give more than 0 and at most 1")

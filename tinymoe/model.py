@@ -1,12 +1,14 @@
 """Mixtral: parameters, blocks, and the forward and backward pass over a backend's components."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tinymoe import reference, workers
+from tinymoe.block import Attend, BlockSaved, block, block_backward
 from tinymoe.cache import KVCache
 from tinymoe.config import MixtralConfig
 from tinymoe.errors import InputError
@@ -17,20 +19,6 @@ Params = Mapping[str, Array]
 BACKENDS = {"reference": reference}
 DTYPES = ("float32", "float64")
 LEAST_PART = 2**16  # elements (tokens · dim) of a worker's part: with fewer, threads mostly wait for the interpreter
-
-
-class BlockSaved(NamedTuple):
-    """What the backward of one block needs: the saved of each of its components, in the order of the forward."""
-
-    attention_norm: Any
-    wq: Any
-    wk: Any
-    wv: Any
-    rope: Any
-    attention: Any
-    wo: Any
-    ffn_norm: Any
-    ffn: Any
 
 
 class Forward(NamedTuple):
@@ -84,6 +72,8 @@ class Mixtral:
         if backend not in BACKENDS:
             raise InputError(f"no backend {backend!r}; there is {', '.join(BACKENDS)}")
         check_params(config, params)
+        if num_workers is not None and num_workers < 1:
+            raise InputError(f"num_workers is {num_workers}; give at least 1")
         self.config = config
         self.params = params
         self.backend = backend
@@ -222,7 +212,7 @@ class Mixtral:
         rotation = self._rotation(positions)
         experts = []
         for layer in range(self.config.n_layers):
-            x, saved = self._block(layer, x, (1, len(positions)), rotation, attend)
+            x, saved = self._block(layer, x, (1, len(positions)), rotation, partial(attend, layer))
             if self.config.num_experts:
                 experts.append(saved.ffn.routing.experts)
         for tokens, cache in zip(sequences, caches):
@@ -236,7 +226,7 @@ class Mixtral:
         if self.config.num_experts == 0:
             return []
         forward = self._forward(tokens, self._rotation(np.arange(tokens.shape[1])))
-        return [block.ffn.routing.logits for block in forward.blocks]
+        return [saved.ffn.routing.logits for saved in forward.blocks]
 
     def _forward(self, tokens: Array, rotation: Array) -> Forward:
         x, embedding_saved = self.ops.embedding(tokens.ravel(), self.params["tok_embeddings"])  # (N, D)
@@ -248,46 +238,21 @@ class Mixtral:
         return Forward(embedding_saved, blocks, norm_saved, hidden)
 
     def _block(
-        self,
-        layer: int,
-        x: Array,
-        shape: tuple[int, ...],
-        rotation: Array,
-        attend: Callable[[int, Array, Array, Array], tuple[Array, Any]],
+        self, layer: int, x: Array, shape: tuple[int, int], rotation: Array, attend: Attend
     ) -> tuple[Array, BlockSaved]:
-        """X + attention(norm(x)), then x + feed-forward(norm(x)); x is (N, D) and ``shape`` its (B, T)."""
-        ops, eps, K = self.ops, self.config.norm_eps, self.config.head_dim
-        h, attention_norm = ops.rmsnorm(x, self._param(layer, "attention_norm"), eps)
-        q, wq = ops.linear(h, self._param(layer, "attention.wq"))
-        k, wk = ops.linear(h, self._param(layer, "attention.wk"))
-        v, wv = ops.linear(h, self._param(layer, "attention.wv"))
-        q, rope = ops.rope(q.reshape(*shape, -1, K), rotation)  # (B, T, H, K)
-        k, _ = ops.rope(k.reshape(*shape, -1, K), rotation)  # (B, T, G, K)
-        o, attention = attend(layer, q, k, v.reshape(*shape, -1, K))
-        y, wo = ops.linear(o.reshape(len(x), -1), self._param(layer, "attention.wo"))
-        y += x
-        h, ffn_norm = ops.rmsnorm(y, self._param(layer, "ffn_norm"), eps)
-        out, ffn = self._feed_forward(layer, h)
-        out += y
-        return out, BlockSaved(attention_norm, wq, wk, wv, rope, attention, wo, ffn_norm, ffn)
+        def weights(name: str) -> Array:
+            return self.params[f"layers.{layer}.{name}"]
 
-    def _feed_forward(self, layer: int, h: Array) -> tuple[Array, Any]:
-        if self.config.num_experts == 0:
-            return self.ops.ffn(h, *(self._param(layer, f"ffn.{w}") for w in ("w1", "w2", "w3")))
-        gate, w1, w2, w3 = (self._param(layer, f"moe.{w}") for w in ("gate", "w1", "w2", "w3"))
         try:
-            return self.ops.moe(h, gate, w1, w2, w3, self.config.top_k_experts)
+            return block(self.ops, self.config, weights, x, shape, rotation, attend)
         except FloatingPointError as error:
             raise FloatingPointError(f"layer {layer}: {error}") from None
 
-    def _attend(self, layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+    def _attend(self, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
         return self.ops.attention(q, k, v, self.config.sliding_window)
 
     def _rotation(self, positions: Array) -> Array:
         return self.ops.rope_table(positions, self.config.head_dim, self.config.rope_theta, self.dtype)
-
-    def _param(self, layer: int, name: str) -> Array:
-        return self.params[f"layers.{layer}.{name}"]
 
     def _head(self) -> Array:
         return np.asarray(self.params["tok_embeddings" if self.config.tie_embeddings else "output"])
@@ -296,7 +261,7 @@ class Mixtral:
 
     def loss(self, tokens: Array, targets: Array) -> float:
         """Return the mean cross-entropy in nats over the targets (B, T) that are not −100, without gradients."""
-        tokens, targets = self._checked(tokens), self._checked_targets(tokens, targets)
+        tokens, targets = self._checked_pair(tokens, targets)
 
         def part(tokens: Array, targets: Array) -> float:
             logits = self(tokens)
@@ -337,7 +302,7 @@ class Mixtral:
         FloatingPointError
             A layer's router logits are not finite.
         """
-        tokens, targets = self._checked(tokens), self._checked_targets(tokens, targets)
+        tokens, targets = self._checked_pair(tokens, targets)
         if not isinstance(self.params, dict):
             raise InputError("a memory-mapped model only reads its weights: load it without mmap to train it")
         aux = self.config.aux_loss_coef if aux_loss_coef is None else aux_loss_coef
@@ -377,15 +342,15 @@ class Mixtral:
         switch, z_terms = np.zeros(layers), np.zeros(layers)
         dx, grads["norm"] = ops.rmsnorm_backward(dhidden, forward.norm)
         for layer in reversed(range(layers)):
-            block, dlogits = forward.blocks[layer], None
+            saved_block, dlogits = forward.blocks[layer], None
             if self.config.num_experts:
-                router_logits = block.ffn.routing.logits  # (N, E)
+                router_logits = saved_block.ffn.routing.logits  # (N, E)
                 switch[layer], saved = ops.switch_loss(router_logits, load[layer])
                 dlogits = ops.switch_loss_backward(aux * of_tokens / layers, saved)
                 if z:
                     z_terms[layer], saved = ops.z_loss(router_logits)
                     dlogits += ops.z_loss_backward(z * of_tokens / layers, saved)
-            dx, block_grads = self._block_backward(dx, dlogits, block)
+            dx, block_grads = block_backward(ops, self.config, dx, dlogits, saved_block)
             grads |= {f"layers.{layer}.{name}": grad for name, grad in block_grads.items()}
         grads["tok_embeddings"] = ops.embedding_backward(dx, forward.embedding)
         if self.config.tie_embeddings:
@@ -393,29 +358,6 @@ class Mixtral:
         else:
             grads["output"] = dhead
         return Losses(cross_entropy * of_targets, switch * of_tokens, z_terms * of_tokens, load), grads
-
-    def _block_backward(self, dout: Array, dlogits: Array | None, saved: BlockSaved) -> tuple[Array, dict[str, Array]]:
-        """Return dx and the block's gradients by name; ``dlogits`` comes from the balance losses."""
-        ops = self.ops
-        grads: dict[str, Array] = {}
-        if self.config.num_experts:
-            dh, *of_weights = ops.moe_backward(dout, dlogits, saved.ffn)
-            grads |= zip(("moe.gate", "moe.w1", "moe.w2", "moe.w3"), of_weights)
-        else:
-            dh, *of_weights = ops.ffn_backward(dout, saved.ffn)
-            grads |= zip(("ffn.w1", "ffn.w2", "ffn.w3"), of_weights)
-        dy, grads["ffn_norm"] = ops.rmsnorm_backward(dh, saved.ffn_norm)
-        dy += dout
-        do, grads["attention.wo"] = ops.linear_backward(dy, saved.wo)
-        dq, dk, dv = ops.attention_backward(do.reshape(saved.attention.o.shape), saved.attention)
-        dq, dk = ops.rope_backward(dq, saved.rope), ops.rope_backward(dk, saved.rope)
-        dh, grads["attention.wq"] = ops.linear_backward(dq.reshape(len(dy), -1), saved.wq)
-        for d, linear_saved, name in ((dk, saved.wk, "attention.wk"), (dv, saved.wv, "attention.wv")):
-            dh_more, grads[name] = ops.linear_backward(d.reshape(len(dy), -1), linear_saved)
-            dh += dh_more
-        dx, grads["attention_norm"] = ops.rmsnorm_backward(dh, saved.attention_norm)
-        dx += dy
-        return dx, grads
 
     # The batch over the workers.
 
@@ -454,8 +396,8 @@ class Mixtral:
         check_tokens(tokens, self.config.vocab_size)
         return tokens
 
-    def _checked_targets(self, tokens: Array, targets: Array) -> Array:
-        targets = np.asarray(targets)
+    def _checked_pair(self, tokens: Array, targets: Array) -> tuple[Array, Array]:
+        tokens, targets = self._checked(tokens), np.asarray(targets)
         if targets.shape != tokens.shape or targets.dtype.kind not in "iu":
             raise InputError(
                 f"targets must be integers of the tokens' shape {tokens.shape}; got {targets.dtype} of {targets.shape}"
@@ -465,7 +407,7 @@ class Mixtral:
         if counted.size == 0:
             raise InputError(f"every target is {IGNORED}, ignored: there is nothing to learn from")
         check_tokens(counted, self.config.vocab_size)
-        return targets
+        return tokens, targets
 
 
 def check_tokens(tokens: Array, vocab_size: int) -> None:
@@ -484,6 +426,11 @@ def check_params(config: MixtralConfig, params: Params) -> None:
         if (found := shape_of(params, name)) != shape:
             raise InputError(f"parameter {name} has shape {found}; the config asks for {shape}")
         names.add(name)
+    if isinstance(params, dict):
+        dtype = params["norm"].dtype
+        for name, p in params.items():
+            if p.dtype not in DTYPES or p.dtype != dtype:
+                raise InputError(f"parameter {name} has dtype {p.dtype}; all must be {' or all '.join(DTYPES)}")
     if extra := sorted(params.keys() - names):
         raise InputError(f"parameter {extra[0]} does not belong to this config")
 

@@ -113,10 +113,13 @@ class AdamW:
         Raises
         ------
         ValueError
-            The names of ``grads`` are not those of the parameters.
+            The names or shapes of ``grads`` are not those of the parameters.
         """
         if grads.keys() != self.params.keys():
             raise ValueError(f"grads and params differ in {sorted(grads.keys() ^ self.params.keys())}")
+        for name, p in self.params.items():
+            if grads[name].shape != p.shape:
+                raise ValueError(f"the gradient of {name} has shape {grads[name].shape}, the parameter {p.shape}")
         self.steps += 1
         pieces = [(name, start) for name, p in self.params.items() for start in range(0, p.size, CHUNK)]
         workers = max(1, min(self.workers, sum(p.size for p in self.params.values()) // CHUNK))

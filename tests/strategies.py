@@ -1,0 +1,76 @@
+"""The strategies that the tests share: configurations, ragged routings, and arrays from a drawn seed."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from hypothesis import strategies as st
+
+from tinymoe import MixtralConfig
+
+rngs = st.builds(np.random.default_rng, st.integers(0, 2**32 - 1))
+coefficients = st.sampled_from([0.0, 0.02, 0.5])
+
+
+@st.composite
+def configs(draw):
+    """Draw a small model of any kind: dense or with experts, grouped heads, a window, a tied head."""
+    kv_heads, experts = draw(st.integers(1, 3)), draw(st.integers(0, 5))
+    return MixtralConfig(
+        dim=draw(st.integers(1, 24)),
+        n_layers=draw(st.integers(1, 4)),
+        head_dim=2 * draw(st.integers(1, 4)),
+        hidden_dim=draw(st.integers(1, 24)),
+        n_heads=kv_heads * draw(st.integers(1, 3)),
+        n_kv_heads=kv_heads,
+        context_len=draw(st.integers(1, 60)),
+        vocab_size=draw(st.integers(1, 40)),
+        num_experts=experts,
+        top_k_experts=draw(st.integers(1, experts)) if experts else 0,
+        norm_eps=draw(st.sampled_from([0.1, 1.0])),  # large, so that a norm is smooth near a row of zeros, too
+        sliding_window=draw(st.none() | st.integers(1, 80)),
+        tie_embeddings=draw(st.booleans()),
+        **(dict(aux_loss_coef=draw(coefficients), z_loss_coef=draw(coefficients)) if experts else {}),
+    )
+
+
+def random_params(config, rng, dtype=np.float64):
+    """Return parameters at which every activation is of order one, so that no gradient vanishes."""
+    params = {}
+    for name, shape in config.parameter_shapes():
+        noise = rng.standard_normal(shape)
+        params[name] = (1 + 0.1 * noise if name.endswith("norm") else noise / math.sqrt(shape[-1])).astype(dtype)
+    return params
+
+
+class Routed(NamedTuple):
+    """Where each token goes."""
+
+    experts: np.ndarray  # (N, k), −1 for a pair that was dropped
+    num_experts: int
+
+
+@st.composite
+def routings(draw, dropped=False):
+    """Draw a ragged routing: any k up to all experts; experts with no token, and experts with every one."""
+    E, N, rng = draw(st.integers(1, 6)), draw(st.integers(1, 13)), draw(rngs)
+    k = draw(st.integers(1, E))
+    used = rng.permutation(E)[: draw(st.integers(k, E))]  # of as many as k, each has every token
+    experts = np.array([rng.permutation(used)[:k] for _ in range(N)])
+    if dropped:
+        experts[rng.random((N, k)) < draw(st.sampled_from([0, 0.3, 1]))] = -1
+    return Routed(experts, E)
+
+
+@st.composite
+def moe_inputs(draw):
+    """Draw (x, w_gate, w1, w2, w3), top_k and the routing that they lead to, its choices apart by at least 0.3."""
+    (experts, E), rng = draw(routings()), draw(rngs)
+    (N, k), D, F = experts.shape, E + draw(st.integers(0, 5)), draw(st.integers(1, 9))
+    logits = 0.7 * rng.random((N, E))
+    np.put_along_axis(logits, experts, 1 + 0.5 * np.arange(k, 0, -1) + 0.2 * rng.random((N, k)), axis=1)
+    turn = np.linalg.qr(rng.standard_normal((D, D)))[0]  # orthogonal: of a token, w_gate reads E directions
+    x, w_gate = np.hstack([logits, rng.standard_normal((N, D - E))]) @ turn.T, np.eye(E, D) @ turn.T
+    w1, w3 = rng.standard_normal((2, E, F, D)) / math.sqrt(D)
+    w2 = rng.standard_normal((E, D, F)) / math.sqrt(F)
+    return (x, w_gate, w1, w2, w3), k, experts
