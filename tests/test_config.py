@@ -117,6 +117,14 @@ def test_published_counts(config, total, active):
     assert (config.count_parameters(), config.count_active_parameters()) == (total, active)
 
 
+@pytest.mark.parametrize(("preset", "millions"), [("tiny", 0.5), ("small", 3.4)])
+def test_small_presets_are_as_large_as_they_say(preset, millions):
+    config = load_config(preset)
+    assert round(config.count_parameters() / 1e6, 1) == millions
+    assert f"{millions} M parameters over bytes" in getattr(MixtralConfig, preset).__doc__
+    assert config.vocab_size == 256
+
+
 @given(configs())
 def test_counts_are_the_sums_over_the_parameters(config):
     shapes = list(config.parameter_shapes())

@@ -16,7 +16,7 @@ HEAVY = {"numpy", "matplotlib", "rich", "safetensors", "ml_dtypes", "threadpoolc
 # Bottom first: a module may import those of its own floor and of the floors below.
 FLOORS = [
     {"errors"},
-    {"config", "workers"},
+    {"atomic", "config", "workers"},
     {"reference", "cuda"},
     {"balance", "block", "cache", "checkpoint", "corpora", "data", "model", "tokenizer"},
     {"analysis", "bench", "doctor", "generation", "instruct", "progress", "report", "runs", "scale", "training"}

@@ -13,7 +13,9 @@ from strategies import configs, random_params, rngs
 
 import tinymoe.model as module
 from tinymoe import AdamW, InputError, Mixtral, MixtralConfig
+from tinymoe.reference import expert_load, switch_loss, z_loss
 from tinymoe.reference.loss import IGNORED
+from tinymoe.reference.router import top_k_ids
 
 SMALL = MixtralConfig(
     dim=6,
@@ -199,6 +201,19 @@ def test_terms_of_the_loss_add_up_to_it(model, data):
         assert terms.z.all() == (z > 0)
         losses.append(terms.cross_entropy)
     assert len(set(losses)) == 1, "the cross-entropy knows nothing of the coefficients"
+
+
+@given(models(), st.data())
+def test_balance_terms_are_those_of_each_layers_router(model, data):
+    batch = data.draw(batches(model.config))
+    model.loss_and_grads(*batch, z_loss_coef=0.5)
+    layers = model.router_logits(batch[0])
+    assert len(layers) == (model.config.n_layers if model.config.num_experts else 0)
+    for logits, switch, z, load in zip(layers, *model.losses[1:]):
+        assert logits.shape == (batch[0].size, model.config.num_experts)
+        np.testing.assert_array_equal(load, expert_load(top_k_ids(logits, model.config.top_k_experts), len(load)))
+        assert_close(switch, switch_loss(logits, load)[0], 1e-14)
+        assert_close(z, z_loss(logits)[0], 1e-14)
 
 
 def test_ignored_targets_contribute_nothing():

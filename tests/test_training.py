@@ -1,4 +1,4 @@
-"""Training: schedule and clipping by hand, runs that stop and resume without a trace, and divergence that says where."""
+"""Training: schedule and clipping by hand, runs that stop and resume without a trace, divergence that says where."""
 
 import json
 import math
@@ -225,7 +225,20 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_never_was(tmp_path):
     for number, document in enumerate(synthetic(1, 2000).train["words"]):
         (folder / f"{number}.txt").write_bytes(document.text)
     (tmp_path / "config.json").write_text(json.dumps(MixtralConfig(**MICRO).to_hf()))
-    options = "--steps 600 --batch-size 4 --seq-len 16 --save-every 7 --eval-every 50 --warmup 5".split()
+    options = [
+        "--steps",
+        "600",
+        "--batch-size",
+        "4",
+        "--seq-len",
+        "16",
+        "--save-every",
+        "7",
+        "--eval-every",
+        "50",
+        "--warmup",
+        "5",
+    ]
     fresh = ["--config", str(tmp_path / "config.json"), "--data", str(folder), *options]
 
     def command(*arguments):

@@ -1,8 +1,10 @@
 """Workers: a map over threads, with one BLAS thread each."""
 
 import os
+import platform
 import threading
 
+import numpy as np
 import pytest
 from threadpoolctl import ThreadpoolController
 
@@ -45,6 +47,20 @@ def test_an_error_reaches_the_caller_and_blas_has_its_threads_again(number):
         workers.run(lambda a: 1 / a, [1, 0, 1], workers=number)
     assert blas_threads() == before
     assert workers.run(abs, [-1, 2], workers=number) == [1, 2]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_memory_that_was_freed_is_used_again_without_page_faults():
+    import resource
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.ones(2**23)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with workers.kept_memory():
+        faults()
+        assert faults() < 50  # of 16,384 pages, or of 32 huge ones and the rest
 
 
 def test_usable_cores_are_those_this_process_may_run_on(monkeypatch):

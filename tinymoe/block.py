@@ -34,6 +34,7 @@ def block(
     shape: tuple[int, int],
     rotation: Array,
     attend: Attend,
+    moe: Any = None,
 ) -> tuple[Array, BlockSaved]:
     """Compute y = x + attention(norm(x)), then out = y + feed-forward(norm(y)).
 
@@ -53,6 +54,8 @@ def block(
         (T, K/2), from `rope_table`.
     attend
         Attention over the sequences themselves, or over a cache.
+    moe
+        In place of the backend's ``moe``: its ``moe_decode``, for a single token.
 
     Returns
     -------
@@ -73,7 +76,7 @@ def block(
     h, ffn_norm = ops.rmsnorm(y, weights("ffn_norm"), config.norm_eps)
     if config.num_experts:
         of_experts = (weights(f"moe.{w}") for w in ("gate", "w1", "w2", "w3"))
-        out, ffn = ops.moe(h, *of_experts, config.top_k_experts)
+        out, ffn = (moe or ops.moe)(h, *of_experts, config.top_k_experts)
     else:
         out, ffn = ops.ffn(h, *(weights(f"ffn.{w}") for w in ("w1", "w2", "w3")))
     out += y

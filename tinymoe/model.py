@@ -210,9 +210,10 @@ class Mixtral:
 
         x, _ = self.ops.embedding(np.concatenate(sequences), self.params["tok_embeddings"])  # (N, D)
         rotation = self._rotation(positions)
+        moe = self.ops.moe_decode if len(positions) == 1 else self.ops.moe
         experts = []
         for layer in range(self.config.n_layers):
-            x, saved = self._block(layer, x, (1, len(positions)), rotation, partial(attend, layer))
+            x, saved = self._block(layer, x, (1, len(positions)), rotation, partial(attend, layer), moe)
             if self.config.num_experts:
                 experts.append(saved.ffn.routing.experts)
         for tokens, cache in zip(sequences, caches):
@@ -238,13 +239,13 @@ class Mixtral:
         return Forward(embedding_saved, blocks, norm_saved, hidden)
 
     def _block(
-        self, layer: int, x: Array, shape: tuple[int, int], rotation: Array, attend: Attend
+        self, layer: int, x: Array, shape: tuple[int, int], rotation: Array, attend: Attend, moe: Any = None
     ) -> tuple[Array, BlockSaved]:
         def weights(name: str) -> Array:
             return self.params[f"layers.{layer}.{name}"]
 
         try:
-            return block(self.ops, self.config, weights, x, shape, rotation, attend)
+            return block(self.ops, self.config, weights, x, shape, rotation, attend, moe)
         except FloatingPointError as error:
             raise FloatingPointError(f"layer {layer}: {error}") from None
 

@@ -1,5 +1,7 @@
 """The linear map: y = x wᵀ."""
 
+import importlib
+
 import numpy as np
 import pytest
 from gradients import assert_close, check_component
@@ -9,6 +11,7 @@ from strategies import rngs
 
 from tinymoe.reference import linear, linear_backward
 
+module = importlib.import_module("tinymoe.reference.linear")  # as an attribute of the package it is the function
 sizes = st.integers(1, 9)
 
 
@@ -23,8 +26,10 @@ def test_each_output_has_a_row_of_the_weight():
     np.testing.assert_array_equal(y, [[21, 43, 65]])
 
 
+@pytest.mark.parametrize("one_core", [module.ONE_CORE, 1], ids=["small", "large"])
 @pytest.mark.parametrize("N", [2, 7])
-def test_one_row_alone_equals_the_row_among_others(N):
+def test_one_row_alone_equals_the_row_among_others(N, one_core, monkeypatch):
+    monkeypatch.setattr(module, "ONE_CORE", one_core)
     x, w = np.random.default_rng(0).standard_normal((2, 7, 5))
     y, _ = linear(x[:N], w)
     for n in range(N):

@@ -8,7 +8,7 @@ from gradients import assert_close, check_component
 from hypothesis import given
 from strategies import moe_inputs, rngs
 
-from tinymoe.reference import ffn, moe, moe_backward, moe_naive, softmax
+from tinymoe.reference import ffn, moe, moe_backward, moe_decode, moe_naive, softmax
 
 # Three tokens, four experts, top-2, worked by hand. The tokens are the unit vectors, so w_gate is the table of logits
 # (experts down, tokens across), and each expert has one hidden unit: expert e gives silu(1) · (e + 1) · (1, 2, 3).
@@ -61,6 +61,18 @@ def test_grouped_equals_the_loop_over_tokens(drawn):
     y, saved = moe(*arrays, k)
     np.testing.assert_array_equal(saved.routing.experts, experts)
     assert_close(y, moe_naive(*arrays, k), 1e-13)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@given(moe_inputs())
+def test_decoding_one_token_equals_the_grouped_form_bit_for_bit(dtype, drawn):
+    (x, *weights), k, _ = drawn
+    x, weights = x.astype(dtype), [w.astype(dtype) for w in weights]
+    for token in np.split(x, len(x)):
+        (y, decoded), (expected, saved) = moe_decode(token, *weights, k), moe(token, *weights, k)
+        assert y.dtype == dtype
+        np.testing.assert_array_equal(y, expected)
+        assert all(map(np.array_equal, decoded.routing, saved.routing))
 
 
 @given(moe_inputs())

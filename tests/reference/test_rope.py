@@ -59,7 +59,7 @@ def test_position_zero_is_not_turned():
 def test_table_is_exact_to_its_last_digits_at_position_32768(dtype):
     K, theta, position = 128, 1e6, 32768
     angles = position * np.longdouble(theta) ** (-np.arange(0, K, 2, dtype=np.longdouble) / K)
-    table = rope_table(np.array([position]), K, theta, dtype)
+    table = rope_table(np.array([position]), K, theta, np.dtype(dtype))
     assert table.shape == (1, K // 2)
     assert table.dtype == {"float32": "complex64", "float64": "complex128"}[dtype]
     tol = {"float32": 2.0**-24, "float64": 1e-11}[dtype]

@@ -19,7 +19,7 @@ from tinymoe.reference.embedding import embedding, embedding_backward
 from tinymoe.reference.experts import expert_ffn, expert_ffn_backward, ffn, ffn_backward, swiglu, swiglu_backward
 from tinymoe.reference.linear import linear, linear_backward
 from tinymoe.reference.loss import cross_entropy, cross_entropy_backward
-from tinymoe.reference.moe import moe, moe_backward, moe_naive
+from tinymoe.reference.moe import moe, moe_backward, moe_decode, moe_naive
 from tinymoe.reference.optimizer import AdamW, adamw
 from tinymoe.reference.rmsnorm import rmsnorm, rmsnorm_backward
 from tinymoe.reference.rope import rope, rope_backward, rope_table
@@ -52,6 +52,7 @@ __all__ = [
     "linear_backward",
     "moe",
     "moe_backward",
+    "moe_decode",
     "moe_naive",
     "rmsnorm",
     "rmsnorm_backward",

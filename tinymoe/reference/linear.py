@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 Array = np.ndarray
+ONE_CORE = 2**18  # elements of a matrix; with fewer, a second core costs more than it saves
 
 
 class LinearSaved(NamedTuple):
@@ -41,7 +42,10 @@ def linear_backward(dy: Array, saved: LinearSaved) -> tuple[Array, Array]:
 
 
 def matmul_transposed(x: Array, w: Array, out: Array | None = None) -> Array:
-    """Return x wᵀ. One row is a matrix–vector product: bound by reading w, which dot products by row stream fastest."""
-    if len(x) == 1:
+    """Return x wᵀ. One row is a matrix–vector product, bound by reading w.
+
+    Dot products by row stream a matrix fastest on one core, and a large one is worth BLAS's threads.
+    """
+    if len(x) == 1 and w.size < ONE_CORE:
         return np.vecdot(w, x, out=None if out is None else out[0])[None]  # (1, D_out)
     return np.matmul(x, w.T, out=out)

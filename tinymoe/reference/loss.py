@@ -11,8 +11,8 @@ IGNORED = -100  # a target with this value does not count
 class CrossEntropySaved(NamedTuple):
     """What the backward of `cross_entropy` needs."""
 
-    logits: Array  # (N, V)
-    log_normaliser: Array  # (N, 1) log Σ_v exp(logits)
+    weights: Array  # (N, V) exp(logits − the row's largest)
+    total: Array  # (N, 1) Σ_v weights
     targets: Array  # (N,)
     counted: int
 
@@ -34,21 +34,23 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[float, CrossEntropySav
     saved
         For `cross_entropy_backward`.
     """
-    shift = logits.max(axis=-1, keepdims=True)  # (N, 1): exp cannot overflow
-    log_normaliser = np.log(np.exp(logits - shift).sum(axis=-1, keepdims=True)) + shift
+    largest = logits.max(axis=-1, keepdims=True)  # (N, 1): exp cannot overflow
+    weights = logits - largest
     rows = np.flatnonzero(targets != IGNORED)
-    losses = log_normaliser[rows, 0] - logits[rows, targets[rows]]
+    of_targets = weights[rows, targets[rows]]
+    np.exp(weights, out=weights)
+    total = weights.sum(axis=-1, keepdims=True)  # (N, 1)
+    losses = np.log(total[rows, 0]) - of_targets
     loss = float(losses.sum(dtype=np.float64)) / max(len(rows), 1)
-    return loss, CrossEntropySaved(logits, log_normaliser, targets, len(rows))
+    return loss, CrossEntropySaved(weights, total, targets, len(rows))
 
 
 def cross_entropy_backward(dloss: float, saved: CrossEntropySaved) -> Array:
     """Return dlogits (N, V) = (softmax(logits) − one_hot(target)) · dloss / count; zero where the row is ignored."""
-    logits, log_normaliser, targets, counted = saved
-    dlogits = logits - log_normaliser
-    np.exp(dlogits, out=dlogits)
+    weights, total, targets, counted = saved
+    scale = float(dloss) / max(counted, 1)  # a NumPy float64 would make the gradient one
+    dlogits = weights * (scale / total)
     rows = np.flatnonzero(targets != IGNORED)
-    dlogits[rows, targets[rows]] -= 1
+    dlogits[rows, targets[rows]] -= scale
     dlogits[targets == IGNORED] = 0
-    dlogits *= dloss / max(counted, 1)
     return dlogits

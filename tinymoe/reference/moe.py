@@ -13,7 +13,7 @@ from tinymoe.reference.dispatch import (
     gather,
     gather_backward,
 )
-from tinymoe.reference.experts import ExpertsSaved, expert_ffn, expert_ffn_backward
+from tinymoe.reference.experts import ExpertsSaved, expert_ffn, expert_ffn_backward, ffn
 from tinymoe.reference.router import RouteSaved, Routing, route, route_backward
 
 Array = np.ndarray
@@ -27,6 +27,12 @@ class MoESaved(NamedTuple):
     gather: GatherSaved
     experts: ExpertsSaved
     combine: CombineSaved
+
+
+class MoEDecoded(NamedTuple):
+    """What `moe_decode` tells beside its result."""
+
+    routing: Routing
 
 
 def moe(x: Array, w_gate: Array, w1: Array, w2: Array, w3: Array, top_k: int) -> tuple[Array, MoESaved]:
@@ -87,6 +93,17 @@ def moe_backward(dy: Array, dlogits: Array | None, saved: MoESaved) -> tuple[Arr
     dx_router, dw_gate = route_backward(dweights, dlogits, saved.route)
     dx += dx_router
     return dx, dw_gate, dw1, dw2, dw3
+
+
+def moe_decode(x: Array, w_gate: Array, w1: Array, w2: Array, w3: Array, top_k: int) -> tuple[Array, MoEDecoded]:
+    """Compute `moe` of a single token (1, D), bit for bit: its k experts one after the other, with nothing to sort."""
+    routing, _ = route(x, w_gate, top_k)
+    outs = [ffn(x, w1[e], w2[e], w3[e])[0] for e in routing.experts[0].tolist()]
+    y = outs[0] * routing.weights[0, 0]
+    for out, weight in zip(outs[1:], routing.weights[0, 1:]):
+        out *= weight
+        y += out
+    return y, MoEDecoded(routing)
 
 
 def moe_naive(x: Array, w_gate: Array, w1: Array, w2: Array, w3: Array, top_k: int) -> Array:

@@ -1,5 +1,6 @@
 """Rotary positions: neighbours in a head are one complex number, turned by an angle that grows with the position."""
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -31,9 +32,13 @@ def rope_table(positions: Array, head_dim: int, theta: float, dtype: np.dtype) -
     rotation
         (T, K/2), complex, of the precision of ``dtype``.
     """
-    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)  # (K/2,)
-    rotation = np.exp(1j * np.multiply.outer(positions, frequencies))  # (T, K/2)
-    return rotation.astype(np.result_type(dtype, np.complex64))
+    rotation = np.exp(1j * np.multiply.outer(positions, _frequencies(head_dim, theta)))  # (T, K/2)
+    return rotation.astype(np.complex64 if dtype == np.float32 else np.complex128)
+
+
+@functools.cache
+def _frequencies(head_dim: int, theta: float) -> Array:
+    return theta ** (-np.arange(0, head_dim, 2) / head_dim)  # (K/2,)
 
 
 def rope(x: Array, rotation: Array) -> tuple[Array, RopeSaved]:
