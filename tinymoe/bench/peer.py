@@ -12,7 +12,7 @@ from tinymoe.bench.timing import alternate
 from tinymoe.config import MixtralConfig
 from tinymoe.workers import usable_cores
 
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # transformers' ways to run the experts
+MOST_GATHERED = 2**31  # bytes; batched_mm copies an expert's weights for every token, and keeps them for the backward
 
 
 class Transformers:
@@ -35,6 +35,8 @@ class Transformers:
         self.model: Any = transformers.MixtralForCausalLM(hf)
         self.tokens, self.targets = torch.tensor(tokens), torch.tensor(targets)
         self.prompt, self.new = self.tokens[:1, :prompt], new
+        expert = 3 * config.dim * config.hidden_dim * 4  # bytes
+        self.gathered = tokens.size * config.top_k_experts * expert * config.n_layers
 
     def steps(self, rounds: int) -> dict[str, Callable[[], None]]:
         """Return a step with torch's default AdamW and one with its fused one, the experts run in the fastest way."""
@@ -48,7 +50,10 @@ class Transformers:
 
             return step
 
-        tried = alternate({name: using(name, plain) for name in IMPLEMENTATIONS}, rounds, warmup=1)
+        ways = ["eager", "grouped_mm"]  # transformers' ways to run the experts
+        if self.gathered <= MOST_GATHERED:
+            ways.append("batched_mm")
+        tried = alternate({name: using(name, plain) for name in ways}, rounds, warmup=1)
         best = min(tried, key=lambda name: statistics.median(tried[name]))
         return {f"transformers ({best})": using(best, plain), f"transformers ({best}, fused AdamW)": using(best, fused)}
 
