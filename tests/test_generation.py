@@ -216,6 +216,13 @@ def test_logits_that_are_not_numbers_raise(temperature):
         generation.sample(np.array([0.0, np.nan]), temperature, None, None, np.random.default_rng(0))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("logits", [[0.0, np.inf], [-np.inf, -np.inf]])
+def test_logits_that_overflowed_raise(logits, temperature):
+    with np.errstate(invalid="ignore"), pytest.raises(FloatingPointError, match="not finite"):
+        generation.sample(np.array(logits), temperature, None, None, np.random.default_rng(0))
+
+
 # What is refused.
 
 

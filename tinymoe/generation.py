@@ -122,9 +122,9 @@ def sample(logits: Array, temperature: float, top_k: int | None, top_p: float | 
     Raises
     ------
     FloatingPointError
-        A logit is NaN.
+        The largest logit is not finite.
     """
-    if np.isnan(logits).any():
+    if not np.isfinite(logits.max()):  # NaN and +∞ show in the maximum
         raise FloatingPointError("the logits are not finite: the model's weights overflow")
     if temperature == 0:
         return int(logits.argmax())
@@ -161,7 +161,7 @@ def _check_options(
     for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("top_k", top_k, 1), ("seed", seed, 0)):
         if value is not None and (not isinstance(value, int | np.integer) or value < least):
             raise InputError(f"{name} is {value}; give an integer of at least {least}")
-    if not 0 <= temperature < np.inf:
-        raise InputError(f"temperature is {temperature}; give 0 for the most probable token, or more to sample")
+    if not isinstance(temperature, int | float | np.number) or not 0 <= temperature < np.inf:
+        raise InputError(f"temperature is {temperature!r}; give 0 for the most probable token, or more to sample")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}; give more than 0 and at most 1")

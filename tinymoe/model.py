@@ -96,6 +96,8 @@ class Mixtral:
         Norm weights are 1, all others normal with standard deviation 0.02, those that write into the residual
         stream (wo and w2) divided by √(2 n_layers), so that its variance does not grow with depth (GPT-2).
         """
+        if seed < 0:
+            raise InputError(f"seed is {seed}; give 0 or more")
         rng = np.random.default_rng(seed)
         params = {}
         for name, shape in config.parameter_shapes():
@@ -194,6 +196,8 @@ class Mixtral:
         experts
             Per layer the chosen experts (N, k) of the N packed tokens; nothing for a dense model.
         """
+        packed = np.concatenate(sequences)  # (N,)
+        check_tokens(packed, self.config.vocab_size)
         ends = np.cumsum([len(tokens) for tokens in sequences])
         rows = [slice(end - len(tokens), end) for end, tokens in zip(ends, sequences)]
         positions = np.concatenate([np.arange(c.length, c.length + len(s)) for s, c in zip(sequences, caches)])
@@ -208,7 +212,7 @@ class Mixtral:
                     o[:, part], _ = self.ops.attention(q[:, part], keys, values, self.config.sliding_window)
             return o, None
 
-        x, _ = self.ops.embedding(np.concatenate(sequences), self.params["tok_embeddings"])  # (N, D)
+        x, _ = self.ops.embedding(packed, self.params["tok_embeddings"])  # (N, D)
         rotation = self._rotation(positions)
         moe = self.ops.moe_decode if len(positions) == 1 else self.ops.moe
         experts = []
@@ -308,6 +312,8 @@ class Mixtral:
             raise InputError("a memory-mapped model only reads its weights: load it without mmap to train it")
         aux = self.config.aux_loss_coef if aux_loss_coef is None else aux_loss_coef
         z = self.config.z_loss_coef if z_loss_coef is None else z_loss_coef
+        if not (0 <= aux < np.inf and 0 <= z < np.inf):
+            raise InputError(f"aux_loss_coef is {aux} and z_loss_coef {z}; give finite numbers of at least 0")
         tokens_of, targets_of = self._split(tokens), self._split(targets)
         rotation = self._rotation(np.arange(tokens.shape[1]))
         forwards = workers.run(lambda part: self._forward(part, rotation), tokens_of, workers=self.num_workers)
@@ -321,7 +327,7 @@ class Mixtral:
         parts = workers.run(backward, forwards, targets_of, workers=self.num_workers)
         terms = [losses for losses, _ in parts]
         self.losses = Losses(
-            sum(t.cross_entropy for t in terms), sum(t.switch for t in terms), sum(t.z for t in terms), load
+            float(sum(t.cross_entropy for t in terms)), sum(t.switch for t in terms), sum(t.z for t in terms), load
         )
         loss = self.losses.cross_entropy
         if self.config.num_experts:
@@ -443,6 +449,7 @@ def shape_of(params: Params, name: str) -> tuple[int, ...]:
 
 
 def _checked_dtype(dtype: str) -> np.dtype:
-    if str(dtype) not in DTYPES:
-        raise InputError(f"dtype {str(dtype)!r} is not one to compute in on a CPU; give {' or '.join(DTYPES)}")
-    return np.dtype(dtype)
+    name = getattr(dtype, "__name__", str(dtype))  # np.float32 is "float32", too
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is not one to compute in on a CPU; give {' or '.join(DTYPES)}")
+    return np.dtype(name)

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -57,14 +58,23 @@ def kept_memory() -> Iterator[None]:
     time and their pages fault in one by one, which can cost more than what is computed in them. Outside, large arrays
     are mapped again, from the size on at which glibc's own adaptation ends. Without glibc nothing changes.
     """
-    mallopt = _mallopt()
-    mallopt(M_MMAP_MAX, 0)
+    _inside(+1)
     try:
         yield
     finally:
-        mallopt(M_MMAP_MAX, 65536)
+        _inside(-1)
 
 
+def _inside(change: int) -> None:
+    """Count who is inside `kept_memory`, on whatever thread; the first in and the last out set the option."""
+    with _LOCK:
+        before, _INSIDE[0] = _INSIDE[0], _INSIDE[0] + change
+        if 0 in (before, _INSIDE[0]):
+            _mallopt()(M_MMAP_MAX, 0 if _INSIDE[0] else 65536)
+
+
+_LOCK = threading.Lock()
+_INSIDE = [0]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # of malloc.h
 
 

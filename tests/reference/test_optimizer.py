@@ -60,6 +60,17 @@ def test_steps_equal_adamw_written_plainly(rng, steps, betas, eps, weight_decay,
         assert_close(p, expected[name], tol)
 
 
+def test_defaults_are_torchs_but_for_the_learning_rate():
+    rng = np.random.default_rng(0)
+    params, all_grads = draw_arrays(rng), [draw_arrays(rng) for _ in range(5)]
+    expected = plain_adamw(params, all_grads, [3e-4] * 5, (0.9, 0.999), 1e-8, 0.01)
+    optimizer = AdamW(params)
+    for grads in all_grads:
+        optimizer.step(grads)
+    for name, p in params.items():
+        assert_close(p, expected[name], 1e-14)
+
+
 def test_first_step_moves_every_element_by_the_learning_rate_against_its_gradient():
     params = {"w": np.array([[1.0, 1.0, 1.0]])}
     AdamW(params, learning_rate=0.1, weight_decay=0.0).step({"w": np.array([[1e-3, -50.0, 0.0]])})

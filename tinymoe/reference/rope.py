@@ -33,7 +33,7 @@ def rope_table(positions: Array, head_dim: int, theta: float, dtype: np.dtype) -
         (T, K/2), complex, of the precision of ``dtype``.
     """
     rotation = np.exp(1j * np.multiply.outer(positions, _frequencies(head_dim, theta)))  # (T, K/2)
-    return rotation.astype(np.complex64 if dtype == np.float32 else np.complex128)
+    return rotation.astype(np.complex64 if np.dtype(dtype) == np.float32 else np.complex128)
 
 
 @functools.cache
