@@ -165,11 +165,11 @@ def test_divergence_names_step_layer_and_advice_and_keeps_the_last_save(tmp_path
     assert same(before, weights(run))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, from the workers' threads
 def test_a_learning_rate_far_too_high_stops_with_one_line(tmp_path, text):
     run = start(tmp_path / "run", steps=60, learning_rate=1e20, clip=0.0, warmup=0)
     with (
         np.errstate(all="ignore"),
-        pytest.warns(RuntimeWarning),  # NumPy's, from the workers' threads
         pytest.raises(InputError, match=r"^training diverged at step \d+: [^\n]*$"),
     ):
         training.train(run, *text)

@@ -23,8 +23,11 @@ def run(function: Callable[..., Any], *arguments: Iterable[Any], workers: int) -
     NumPy lets go of the interpreter inside its loops, so threads run side by side, and cutting the batch once keeps
     both cores busy in every line: cutting each matrix product in BLAS leaves all that lies between to one core.
     """
+    calls = list(zip(*arguments))
     with _one_blas_thread(), kept_memory():
-        return list(map(function, *arguments) if workers == 1 else _pool(workers).map(function, *arguments))
+        if min(workers, len(calls)) <= 1:
+            return [function(*call) for call in calls]
+        return list(_pool(workers).map(lambda call: function(*call), calls))
 
 
 @functools.cache

@@ -38,7 +38,8 @@ class ExpertsSaved(NamedTuple):
     w2: Array  # (E, D, F)
     w3: Array  # (E, F, D)
     offsets: list[int]  # (E + 1,)
-    activations: dict[int, tuple[Array, SwigluSaved]]  # by expert, of those that have rows
+    hidden: Array  # (S, F)
+    swiglu: SwigluSaved
 
 
 def swiglu(gate: Array, up: Array) -> tuple[Array, SwigluSaved]:
@@ -85,24 +86,20 @@ def ffn(x: Array, w1: Array, w2: Array, w3: Array) -> tuple[Array, FFNSaved]:
     return matmul_transposed(hidden, w2), FFNSaved(x, w1, w2, w3, hidden, swiglu_saved)
 
 
-def ffn_backward(
-    dout: Array, saved: FFNSaved, into: tuple[Array | None, Array | None, Array | None] = (None, None, None)
-) -> tuple[Array, Array, Array, Array]:
-    """Return dx (S, D), dw1 (F, D), dw2 (D, F), dw3 (F, D); the last three written to ``into`` where it has arrays."""
+def ffn_backward(dout: Array, saved: FFNSaved) -> tuple[Array, Array, Array, Array]:
+    """Return dx (S, D), dw1 (F, D), dw2 (D, F), dw3 (F, D)."""
     x, w1, w2, w3, hidden, swiglu_saved = saved
     dgate, dup = swiglu_backward(dout @ w2, swiglu_saved)  # (S, F)
     dx = dgate @ w1
     dx += dup @ w3
-    dw1 = np.matmul(dgate.T, x, out=into[0])
-    dw2 = np.matmul(dout.T, hidden, out=into[1])
-    dw3 = np.matmul(dup.T, x, out=into[2])
-    return dx, dw1, dw2, dw3
+    return dx, dgate.T @ x, dout.T @ hidden, dup.T @ x
 
 
 def expert_ffn(x: Array, w1: Array, w2: Array, w3: Array, offsets: list[int]) -> tuple[Array, ExpertsSaved]:
     """Apply to each expert's rows its own `ffn`.
 
-    One expert after the other, so that what a matrix product writes is still in the cache when the next line reads it.
+    One matrix product per expert and weight; what is done element by element is done to all rows at once, since
+    threads that run this side by side wait for the interpreter at each call.
 
     Parameters
     ----------
@@ -126,25 +123,46 @@ def expert_ffn(x: Array, w1: Array, w2: Array, w3: Array, offsets: list[int]) ->
     -----
     Section 2.1 of the paper.
     """
-    out = np.empty_like(x)
-    activations = {}
-    for e, rows in _groups(offsets):
-        out[rows], saved = ffn(x[rows], w1[e], w2[e], w3[e])
-        activations[e] = saved.hidden, saved.swiglu
-    return out, ExpertsSaved(x, w1, w2, w3, offsets, activations)
+    gate, up = _grouped_linear(x, w1, offsets), _grouped_linear(x, w3, offsets)  # (S, F)
+    hidden, swiglu_saved = swiglu(gate, up)
+    out = _grouped_linear(hidden, w2, offsets)  # (S, D)
+    return out, ExpertsSaved(x, w1, w2, w3, offsets, hidden, swiglu_saved)
 
 
 def expert_ffn_backward(dout: Array, saved: ExpertsSaved) -> tuple[Array, Array, Array, Array]:
     """Return dx (S, D), dw1 (E, F, D), dw2 (E, D, F), dw3 (E, F, D); exactly zero for an expert without rows."""
-    x, w1, w2, w3, offsets, activations = saved
-    dx = np.empty_like(dout)
-    dw1, dw2, dw3 = (np.empty(w.shape, dout.dtype) for w in (w1, w2, w3))
-    for dw in (dw1, dw2, dw3):
-        dw[np.diff(offsets) == 0] = 0
-    for e, rows in _groups(offsets):
-        ffn_saved = FFNSaved(x[rows], w1[e], w2[e], w3[e], *activations[e])
-        dx[rows], *_ = ffn_backward(dout[rows], ffn_saved, into=(dw1[e], dw2[e], dw3[e]))
+    x, w1, w2, w3, offsets, hidden, swiglu_saved = saved
+    dgate, dup = swiglu_backward(_grouped_dx(dout, w2, offsets), swiglu_saved)  # (S, F)
+    dw2 = _grouped_dw(dout, hidden, offsets)
+    dw1, dw3 = _grouped_dw(dgate, x, offsets), _grouped_dw(dup, x, offsets)
+    dx = _grouped_dx(dgate, w1, offsets)
+    dx += _grouped_dx(dup, w3, offsets)
     return dx, dw1, dw2, dw3
+
+
+def _grouped_linear(x: Array, w: Array, offsets: list[int]) -> Array:
+    """y[rows of e] = x[rows of e] w[e]ᵀ: (S, in), (E, out, in) → (S, out)."""
+    y = np.empty((len(x), w.shape[1]), x.dtype)
+    for e, rows in _groups(offsets):
+        matmul_transposed(x[rows], w[e], out=y[rows])
+    return y
+
+
+def _grouped_dx(dy: Array, w: Array, offsets: list[int]) -> Array:
+    """dx[rows of e] = dy[rows of e] w[e]: (S, out), (E, out, in) → (S, in)."""
+    dx = np.empty((len(dy), w.shape[2]), dy.dtype)
+    for e, rows in _groups(offsets):
+        np.matmul(dy[rows], w[e], out=dx[rows])
+    return dx
+
+
+def _grouped_dw(dy: Array, x: Array, offsets: list[int]) -> Array:
+    """dw[e] = dy[rows of e]ᵀ x[rows of e]: (S, out), (S, in) → (E, out, in)."""
+    dw = np.empty((len(offsets) - 1, dy.shape[1], x.shape[1]), dy.dtype)
+    dw[np.diff(offsets) == 0] = 0
+    for e, rows in _groups(offsets):
+        np.matmul(dy[rows].T, x[rows], out=dw[e])
+    return dw
 
 
 def _groups(offsets: list[int]) -> Iterator[tuple[int, slice]]:

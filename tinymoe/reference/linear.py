@@ -41,11 +41,11 @@ def linear_backward(dy: Array, saved: LinearSaved) -> tuple[Array, Array]:
     return dy @ w, dy.T @ x
 
 
-def matmul_transposed(x: Array, w: Array) -> Array:
-    """Return x wᵀ. One row is a matrix–vector product, bound by reading w.
+def matmul_transposed(x: Array, w: Array, out: Array | None = None) -> Array:
+    """Return x wᵀ, written to ``out`` if given. One row is a matrix–vector product, bound by reading w.
 
     Dot products by row stream a matrix fastest on one core, and a large one is worth BLAS's threads.
     """
     if len(x) == 1 and w.size < ONE_CORE:
-        return np.vecdot(w, x)[None]  # (1, D_out)
-    return x @ w.T
+        return np.vecdot(w, x, out=None if out is None else out[0])[None]  # (1, D_out)
+    return np.matmul(x, w.T, out=out)
