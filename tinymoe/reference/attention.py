@@ -9,7 +9,7 @@ from tinymoe.reference.softmax import softmax
 
 Array = np.ndarray
 
-QUERY_BLOCK = 64  # queries in a block: long enough for the matrix products, short enough to skip most hidden keys
+QUERY_BLOCK = 128  # queries in a block: long enough for the matrix products, short enough to skip most hidden keys
 KEY_TILE = 1024  # keys in a tile, at least QUERY_BLOCK so that each query sees some key of its first tile
 KEEP_WEIGHTS = 512  # up to this many keys the weights are kept for the backward: 15 % faster than recomputing
 
