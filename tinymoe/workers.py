@@ -78,7 +78,7 @@ def _inside(change: int) -> None:
 
 _LOCK = threading.Lock()
 _INSIDE = [0]
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # of malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -3, -4, -8  # of malloc.h
 
 
 @functools.cache
@@ -88,6 +88,7 @@ def _mallopt() -> Callable[[int, int], int]:
     except (OSError, AttributeError):
         return lambda option, value: 0
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_TOP_PAD, 2**26)  # as large as the heap of a thread may be, which is then never given back
     mallopt(M_MMAP_THRESHOLD, 2**25)
     mallopt(M_ARENA_MAX, 1)  # one heap for all workers: what one frees the next can use
     return mallopt

@@ -16,6 +16,7 @@ from tinymoe.errors import InputError
 from tinymoe.generation import generate
 from tinymoe.model import Mixtral
 from tinymoe.reference import AdamW, moe, moe_naive
+from tinymoe.reference.linear import matmul_transposed
 
 Array = np.ndarray
 SHAPES: dict[str, tuple[dict[str, int], tuple[int, int]]] = {  # name -> config, (B, T)
@@ -157,17 +158,21 @@ def _bare_products(model: Mixtral, B: int, T: int) -> Callable[[], None]:
 
 
 def _bare_decode(model: Mixtral) -> Callable[[], None]:
-    """Return a function that does decoding's products of a weight matrix and a vector, and nothing else."""
+    """Return a function that does decoding's products of a weight matrix and a vector, and nothing else.
+
+    As in decoding the experts change from token to token, so that their weights come from memory and not from a cache.
+    """
+    rng, k = np.random.default_rng(0), model.config.top_k_experts
+    weights = [w for name, w in model.params.items() if w.ndim > 1 and name != "tok_embeddings"]
+    rows = {w.shape[-1]: np.ones((1, w.shape[-1]), np.float32) for w in weights}
     matrices = []
-    for name, w in model.params.items():
-        if w.ndim > 1 and name != "tok_embeddings":
-            matrices += list(w[: model.config.top_k_experts]) if w.ndim == 3 else [w]
-    vectors = {w.shape[1]: np.ones(w.shape[1], np.float32) for w in matrices}
+    for _ in range(NEW):
+        for w in weights:
+            matrices += [w[e] for e in rng.choice(len(w), k, replace=False)] if w.ndim == 3 else [w]
 
     def run() -> None:
-        for _ in range(NEW):
-            for w in matrices:
-                np.vecdot(w, vectors[w.shape[1]])
+        for w in matrices:
+            matmul_transposed(rows[w.shape[1]], w)
 
     return run
 
