@@ -1,0 +1,237 @@
+// The checker: a shadow of every byte that a kernel may touch, and a clock for every thread.
+//
+// The checked build compiles kernels with -fsanitize=thread, which puts a call before every load and store, and defines
+// those calls here instead of linking the sanitizer's runtime. Each call looks up whose memory the address is (out of
+// bounds? read-only?) and then its shadow cells (who touched it last, and does that come before us?).
+//
+// "Before" is the happens-before of vector clocks (Fidge 1988, Mattern 1989; FastTrack, Flanagan and Freund 2009). A
+// thread's clock counts its releases. `known(u)` is the newest clock of thread u that is ordered before the running
+// thread's present; an access by u at clock c is ordered before it if c <= known(u). A __syncthreads makes all that
+// came before known to all, which is one number per thread (`met`), not a vector each; a __syncwarp makes vectors.
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+
+#include "fiber.h"
+#include "scheduler.h"
+
+namespace emulator {
+
+constexpr size_t GRAIN = 2;  // bytes of a cell: no kernel shares anything smaller
+
+struct Touch {
+    uint32_t block;  // 1 + its number; 0: nobody
+    uint32_t clock;
+    uint16_t thread;
+};
+
+struct Cell {
+    Touch write;
+    Touch reads[2];  // the first reader since the last write, and the last
+    bool atomic;     // the write was
+    bool in_flight;  // an asynchronous copy may write it at any moment
+};
+
+struct Region {  // memory with one shadow: array arguments that overlap share it
+    const char *begin, *end;
+    std::vector<Cell> cells;
+};
+
+struct Argument {
+    const char *begin, *end;
+    bool writable;
+    const char *name;
+    Region *region;
+};
+
+static std::vector<Region> regions;
+static std::vector<Argument> array_arguments;
+static Region static_shared, dynamic_region;
+static const char *image_begin, *image_end;  // of the kernel's library: its constants
+static bool checking;
+
+static std::vector<uint32_t> clocks;              // of each thread
+static std::vector<uint32_t> met;                 // each thread's clock when the block last met
+static std::vector<std::vector<uint32_t>> heard;  // known to one thread beyond `met`; empty: nothing
+
+void check_launch(const Buffer *buffers, int count, char *image, char *end, char *shared, char *shared_end, size_t dynamic_bytes) {
+    checking = options.checked;
+    if (!checking) return;
+    image_begin = image;
+    image_end = end;
+    array_arguments.clear();
+    for (int i = 0; i < count; i++)
+        array_arguments.push_back({buffers[i].begin, buffers[i].begin + buffers[i].bytes, buffers[i].writable != 0, buffers[i].name, nullptr});
+    std::vector<Argument> sorted = array_arguments;
+    std::sort(sorted.begin(), sorted.end(), [](const Argument &a, const Argument &b) { return a.begin < b.begin; });
+    regions.clear();
+    for (const Argument &a : sorted) {
+        if (regions.empty() || a.begin >= regions.back().end) regions.push_back({a.begin, a.end, {}});
+        else regions.back().end = std::max(regions.back().end, a.end);
+    }
+    for (Region &r : regions) r.cells.assign((r.end - r.begin) / GRAIN + 1, {});
+    for (Argument &a : array_arguments)
+        for (Region &r : regions)
+            if (a.begin >= r.begin && a.end <= r.end) a.region = &r;
+    static_shared = {shared, shared_end, std::vector<Cell>((shared_end - shared) / GRAIN + 1)};
+    dynamic_region = {dynamic_shared(), dynamic_shared() + dynamic_bytes, std::vector<Cell>(dynamic_bytes / GRAIN + 1)};
+}
+
+void check_block() {
+    if (!checking) return;
+    clocks.assign(threads.size(), 1);
+    met.assign(threads.size(), 0);
+    heard.assign(threads.size(), {});
+    for (Region *shared : {&static_shared, &dynamic_region})
+        for (Cell &cell : shared->cells) cell.in_flight = false;
+}
+
+void order_all() {
+    if (!checking) return;
+    met = clocks;
+    for (uint32_t &clock : clocks) clock++;
+    for (auto &h : heard) h.clear();
+}
+
+void order_some(const std::vector<int> &meeting) {
+    if (!checking) return;
+    static std::vector<uint32_t> together;
+    together = met;
+    for (int t : meeting) {
+        together[t] = clocks[t];
+        for (size_t u = 0; u < heard[t].size(); u++) together[u] = std::max(together[u], heard[t][u]);
+    }
+    for (int t : meeting) together[t] = clocks[t];
+    for (int t : meeting) {
+        heard[t] = together;
+        clocks[t]++;
+    }
+}
+
+static uint32_t known(int thread) { return heard[current].empty() ? met[thread] : heard[current][thread]; }
+
+static bool is_before_us(const Touch &touch, bool shared) {
+    if (touch.block == 0) return true;
+    if (touch.block != (uint32_t)block_number + 1) return shared;  // shared memory begins anew with every block
+    return touch.thread == current || touch.clock <= known(touch.thread);
+}
+
+static const char *verb(Access access) { return access == Access::read ? "read" : access == Access::write ? "write" : "atomic"; }
+static constexpr Where UNKNOWN = {nullptr, 0};  // the culprit tells
+
+[[noreturn]] static void race(Access access, const char *before, const Touch &other, const char *memory, size_t offset) {
+    if (other.block == (uint32_t)block_number + 1)
+        fail("race", UNKNOWN, "%s of %s at byte %zu, not ordered after the %s by thread %d of the block", verb(access), memory, offset, before, other.thread);
+    fail("race", UNKNOWN, "%s of %s at byte %zu, not ordered with the %s by thread %d of block %u", verb(access), memory, offset, before, other.thread, other.block - 1);
+}
+
+static void touch_cell(Cell &cell, Access access, bool shared, const char *memory, size_t offset) {
+    if (cell.in_flight && access != Access::write)
+        fail("in flight", UNKNOWN, "%s of %s at byte %zu, where an asynchronous copy that nobody waited for may write", verb(access), memory, offset);
+    if (!is_before_us(cell.write, shared) && !(access == Access::atomic && cell.atomic))
+        race(access, cell.atomic ? "atomic" : "write", cell.write, memory, offset);
+    if (access != Access::read)
+        for (const Touch &read : cell.reads)
+            if (!is_before_us(read, shared)) race(access, "read", read, memory, offset);
+    const uint32_t block = block_number + 1;
+    if (shared && access != Access::write && cell.write.block != block)
+        fail("uninitialised", UNKNOWN, "%s of %s at byte %zu, which nobody has written", verb(access), memory, offset);
+    const Touch now = {block, clocks[current], (uint16_t)current};
+    if (access == Access::read) {
+        Touch &first = cell.reads[0];
+        (first.block != block || first.thread == current || is_before_us(first, shared) ? first : cell.reads[1]) = now;
+    } else {
+        cell.write = now;
+        cell.reads[0] = cell.reads[1] = {};
+        cell.atomic = access == Access::atomic;
+    }
+}
+
+static void touch_region(Region &region, const char *p, size_t bytes, Access access, bool shared, const char *memory, const char *base) {
+    const size_t last = (p + bytes - 1 - region.begin) / GRAIN;
+    for (size_t i = (p - region.begin) / GRAIN; i <= last; i++)
+        touch_cell(region.cells[i], access, shared, memory, region.begin + i * GRAIN - base);
+}
+
+static Argument *argument_at(const char *p, size_t bytes, bool writable) {
+    Argument *found = nullptr;
+    for (Argument &a : array_arguments)
+        if (p >= a.begin && p + bytes <= a.end && (!found || (writable && a.writable))) found = &a;
+    return found;
+}
+
+[[noreturn]] static void out_of_bounds(const char *p, size_t bytes, Access access) {
+    for (const Argument &a : array_arguments)
+        if (p > a.begin - 65536 && p < a.end + 65536)
+            fail("out of bounds", UNKNOWN, "%s of %zu bytes at byte %td of %s, which has %td", verb(access), bytes, p - a.begin, a.name, a.end - a.begin);
+    fail("out of bounds", UNKNOWN, "%s of %zu bytes at %p, which is nobody's memory", verb(access), bytes, (const void *)p);
+}
+
+void touch(const void *address, size_t bytes, Access access, Where where) {
+    culprit = {nullptr, where};
+    touch(address, bytes, access);
+}
+
+void touch(const void *address, size_t bytes, Access access) {
+    if (!checking || current < 0) return;
+    const char *p = (const char *)address;
+    if (p >= stack_of(current) && p < stack_of(current) + STACK_BYTES) return;  // the thread's own
+    if (options.preempt && random_bits() % options.preempt == 0) {
+        const Culprit before = culprit;
+        yield();
+        culprit = before;
+    }
+    if (p >= dynamic_region.begin && p < dynamic_region.begin + (227 << 10)) {
+        if (p + bytes > dynamic_region.end)
+            fail("out of bounds", UNKNOWN, "%s of %zu bytes at byte %td of dynamic shared memory; the launch asked for %td", verb(access), bytes,
+                 p - dynamic_region.begin, dynamic_region.end - dynamic_region.begin);
+        return touch_region(dynamic_region, p, bytes, access, true, "dynamic shared memory", dynamic_region.begin);
+    }
+    if (p >= static_shared.begin && p + bytes <= static_shared.end)
+        return touch_region(static_shared, p, bytes, access, true, "shared memory", static_shared.begin);
+    if (Argument *a = argument_at(p, bytes, access != Access::read)) {
+        if (access != Access::read && !a->writable) fail("read-only", UNKNOWN, "%s of %s, which is const", verb(access), a->name);
+        return touch_region(*a->region, p, bytes, access, false, a->name, a->begin);
+    }
+    if (access == Access::read && p >= image_begin && p + bytes <= image_end) return;  // a constant
+    if (access == Access::read && p >= (char *)&here && p + bytes <= (char *)(&here + 1)) return;  // threadIdx and its kin
+    out_of_bounds(p, bytes, access);
+}
+
+static void mark_flight(const void *to, size_t bytes, bool in_flight) {
+    if (!checking) return;
+    const char *p = (const char *)to;
+    for (Region *shared : {&static_shared, &dynamic_region})
+        if (p >= shared->begin && p + bytes <= shared->end)
+            for (size_t i = (p - shared->begin) / GRAIN; i <= (p + bytes - 1 - shared->begin) / GRAIN; i++) shared->cells[i].in_flight = in_flight;
+}
+
+void begin_flight(const void *to, size_t bytes) { mark_flight(to, bytes, true); }
+void end_flight(const void *to, size_t bytes) { mark_flight(to, bytes, false); }
+
+}  // namespace emulator
+
+// ---- the calls that -fsanitize=thread puts into the kernel
+
+using emulator::Access;
+#define HOOK(name, kind, size)                                    \
+    extern "C" void __tsan_##name(void *p) {                      \
+        emulator::culprit = {__builtin_return_address(0), {}};    \
+        emulator::touch(p, size, kind);                           \
+    }
+#define HOOKS(size)                                 \
+    HOOK(read##size, Access::read, size)            \
+    HOOK(write##size, Access::write, size)          \
+    HOOK(unaligned_read##size, Access::read, size)  \
+    HOOK(unaligned_write##size, Access::write, size)
+HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
+
+extern "C" void __tsan_read_range(void *p, size_t n) { emulator::culprit = {__builtin_return_address(0), {}}, emulator::touch(p, n, Access::read); }
+extern "C" void __tsan_write_range(void *p, size_t n) { emulator::culprit = {__builtin_return_address(0), {}}, emulator::touch(p, n, Access::write); }
+extern "C" void __tsan_func_entry(void *) {}
+extern "C" void __tsan_func_exit() {}
+extern "C" void __tsan_init() {}
+extern "C" void *__tsan_memset(void *p, int c, size_t n) { return __tsan_write_range(p, n), memset(p, c, n); }
+extern "C" void *__tsan_memcpy(void *to, const void *from, size_t n) { return __tsan_read_range((void *)from, n), __tsan_write_range(to, n), memcpy(to, from, n); }
+extern "C" void *__tsan_memmove(void *to, const void *from, size_t n) { return __tsan_read_range((void *)from, n), __tsan_write_range(to, n), memmove(to, from, n); }

@@ -1,0 +1,64 @@
+// What CUDA's words need from the emulator: where a thread is, how threads wait for each other, what they touched.
+//
+// The kernel is compiled with cuda.h, which turns each word of CUDA into C++ on top of these few functions; they live
+// in a library of their own (scheduler.cpp, checker.cpp, asynchronous.cpp, fiber.cpp), which is never instrumented.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace emulator {
+
+struct Index {
+    unsigned x, y, z;
+};
+
+struct Position {
+    Index thread, block, block_size, grid_size;
+};
+extern Position here;  // of the running thread: the scheduler sets it at every switch
+
+struct Where {  // a line of the kernel
+    const char *file;
+    int line;
+};
+
+// ---- waiting (scheduler.cpp)
+
+// Wait for the other threads of the block. Barrier 0 with count 0 is __syncthreads; `count` threads meet at the others.
+void barrier(int id, int count, Where where);
+
+// Meet the other lanes of `mask`. Each deposits `argument`; the last to arrive runs `complete` over all deposits, and
+// all go on. Every warp instruction (shuffle, vote, ldmatrix, mma) is one of these.
+enum class Operation : uint8_t { sync_warp, shuffle, vote, load_matrix, mma, warpgroup, other };
+using Complete = void (*)(void **deposits, unsigned mask, Where where);
+void collective(Operation operation, unsigned mask, void *argument, Complete complete, Where where);
+
+// Wait until `ready(argument)`; other threads run meanwhile.
+void wait_until(bool (*ready)(void *), void *argument, Where where);
+
+unsigned lane();
+char *dynamic_shared();
+
+// ---- checking (checker.cpp)
+
+enum class Access : uint8_t { read, write, atomic };
+void touch(const void *address, size_t bytes, Access access);  // nothing in the fast build
+void touch(const void *address, size_t bytes, Access access, Where where);
+
+// Stop the launch with an error. `kind` is one word or two, the rest as printf.
+[[noreturn]] void fail(const char *kind, Where where, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+// ---- asynchronous copies (asynchronous.cpp)
+
+// Copy `valid` bytes and fill up to `bytes` with zeros, at some moment between now and the wait for its group.
+void copy_asynchronously(void *to, const void *from, int bytes, int valid, Where where);
+void commit_copies();
+void wait_for_copies(int groups_left);  // all but the newest `groups_left` groups are done when this returns
+
+}  // namespace emulator
+
+// How a word of CUDA learns the line it stands on: as default arguments of its last parameters.
+#define EMULATOR_WHERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define EMULATOR_HERE emulator::Where{file, line}
+// Bodies of CUDA's words in a kernel's own object are not part of the kernel: the checker must not see their accesses.
+#define EMULATOR_UNCHECKED __attribute__((no_sanitize("thread"), noinline))
