@@ -62,15 +62,16 @@ def test_attention_over_the_cache_equals_attention_over_everything(window, lengt
 @pytest.mark.parametrize(("window", "slots"), [(None, 50), (8, 8), (50, 50), (80, 50)])
 def test_buffer_holds_the_window_and_no_more(window, slots):
     cache = KVCache(make_config(window), 50, "float32")
-    assert cache.keys.shape == cache.values.shape == (LAYERS, 1, slots, HEADS, HEAD_DIM)
-    assert cache.keys.dtype == cache.values.dtype == np.float32
-    keys, values = cache.keys, cache.values
+    keys, values = list(cache.keys), list(cache.values)
+    assert len(keys) == len(values) == LAYERS
+    for buffer in (*keys, *values):
+        assert buffer.shape == (1, slots, HEADS, HEAD_DIM)
+        assert buffer.dtype == np.float32
     for new in (20, 1, 29):
         for layer in range(LAYERS):
             cache.update(layer, rows(range(new)), rows(range(new)))
         cache.advance(new)
-    assert cache.keys is keys
-    assert cache.values is values
+    assert all(a is b for a, b in zip((*cache.keys, *cache.values), (*keys, *values), strict=True))
 
 
 @pytest.mark.parametrize("window", [None, 2])

@@ -84,12 +84,13 @@ def test_prompts_of_a_batch_are_written_on_as_if_alone(config):
 
 
 def test_rolling_buffers_stay_as_long_as_the_window(monkeypatch):
-    caches = []
-    monkeypatch.setattr(generation, "KVCache", lambda *a: caches.append(KVCache(*a)) or caches[-1])
-    generate(make_model(WINDOW), PROMPTS, max_new_tokens=30)
+    caches, model = [], make_model(WINDOW)
+    make = model.cache
+    monkeypatch.setattr(model, "cache", lambda capacity: caches.append(make(capacity)) or caches[-1])
+    generate(model, PROMPTS, max_new_tokens=30)
     for cache, prompt in zip(caches, PROMPTS, strict=True):
         assert cache.length == len(prompt) + 29  # the last token is not fed
-        assert cache.keys.shape[2] == cache.values.shape[2] == 5
+        assert cache.keys[0].shape[1] == cache.values[0].shape[1] == 5
 
 
 # What goes in and comes out.

@@ -15,11 +15,12 @@ CASES = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "expected
 TOP_1_ROUTERS = {f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in range(2)}
 
 every_case = pytest.mark.parametrize("case", CASES)
+both_backends = pytest.mark.parametrize("backend", ["reference", "cuda"])
 
 
 @functools.cache
-def model_of(case):
-    return tinymoe.Mixtral.from_pretrained(GOLDEN / case, num_workers=1)
+def model_of(case, backend="reference"):
+    return tinymoe.Mixtral.from_pretrained(GOLDEN / case, backend=backend, num_workers=1)
 
 
 @functools.cache
@@ -28,11 +29,11 @@ def expected_of(case):
 
 
 @functools.cache
-def loss_and_grads_of(case):
+def loss_and_grads_of(case, backend="reference"):
     """Return the loss, and the gradients under their names on disk."""
-    model, expected = model_of(case), expected_of(case)
+    model, expected = model_of(case, backend), expected_of(case)
     loss, grads = model.loss_and_grads(expected["tokens"], expected["targets"], aux_loss_coef=0, z_loss_coef=0)
-    return loss, checkpoint.to_hf(grads, model.config)
+    return loss, checkpoint.to_hf({name: model.host(grad) for name, grad in grads.items()}, model.config)
 
 
 def assert_close(actual, expected, tol, floor=0.0):
@@ -48,23 +49,26 @@ def test_every_kind_of_checkpoint_has_a_case():
 # What transformers computed.
 
 
+@both_backends
 @every_case
-def test_logits_are_transformers(case):
-    assert_close(model_of(case)(expected_of(case)["tokens"]), expected_of(case)["logits"], tol=2e-5)
+def test_logits_are_transformers(case, backend):
+    assert_close(model_of(case, backend)(expected_of(case)["tokens"]), expected_of(case)["logits"], tol=2e-5)
 
 
+@both_backends
 @every_case
-def test_loss_is_transformers(case):
+def test_loss_is_transformers(case, backend):
     expected = expected_of(case)
-    loss, _ = loss_and_grads_of(case)
+    loss, _ = loss_and_grads_of(case, backend)
     assert abs(loss - expected["loss"]) <= 1e-5
-    assert abs(model_of(case).loss(expected["tokens"], expected["targets"]) - expected["loss"]) <= 1e-5
+    assert abs(model_of(case, backend).loss(expected["tokens"], expected["targets"]) - expected["loss"]) <= 1e-5
 
 
+@both_backends
 @every_case
-def test_every_gradient_is_transformers(case):
+def test_every_gradient_is_transformers(case, backend):
     expected = {name.removeprefix("grad."): a for name, a in expected_of(case).items() if name.startswith("grad.")}
-    _, grads = loss_and_grads_of(case)
+    _, grads = loss_and_grads_of(case, backend)
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
         if case == "top_1" and name in TOP_1_ROUTERS:  # where transformers has the rounding errors of an exact zero

@@ -25,6 +25,8 @@ class KVCache:
         The longest sequence, in tokens; a window shorter than this bounds the buffer.
     dtype
         Of keys and values.
+    empty
+        Makes their arrays: ``numpy.empty``, or a device's.
 
     Attributes
     ----------
@@ -32,12 +34,12 @@ class KVCache:
         Tokens seen so far, which is also the position of the next.
     """
 
-    def __init__(self, config: MixtralConfig, capacity: int, dtype: Any = "float32"):
+    def __init__(self, config: MixtralConfig, capacity: int, dtype: Any = "float32", empty: Any = np.empty):
         self.capacity = capacity
         self.slots = min(capacity, config.sliding_window or capacity)
-        shape = (config.n_layers, 1, self.slots, config.n_kv_heads, config.head_dim)
-        self.keys = np.empty(shape, dtype)  # (L, 1, slots, G, K)
-        self.values = np.empty(shape, dtype)
+        shape = (1, self.slots, config.n_kv_heads, config.head_dim)  # (1, slots, G, K) of each layer
+        self.keys = [empty(shape, dtype) for _ in range(config.n_layers)]
+        self.values = [empty(shape, dtype) for _ in range(config.n_layers)]
         self.length = 0
 
     def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:

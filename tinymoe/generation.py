@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinymoe.cache import KVCache
 from tinymoe.errors import InputError
 from tinymoe.model import Mixtral, check_tokens
 
@@ -98,7 +97,7 @@ def _stream(
     eos_token: int | None,
     seed: int | None,
 ) -> Iterator[Generated]:
-    caches = [KVCache(model.config, len(prompt) + max_new_tokens, model.dtype) for prompt in prompts]
+    caches = [model.cache(len(prompt) + max_new_tokens) for prompt in prompts]
     rngs = [np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(len(prompts))]
     waiting = {i: np.asarray(prompt) for i, prompt in enumerate(prompts)}  # prompt -> tokens the model has not seen
     for _ in range(max_new_tokens):

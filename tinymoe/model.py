@@ -1,5 +1,6 @@
 """Mixtral: parameters, blocks, and the forward and backward pass over a backend's components."""
 
+import importlib
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinymoe import reference, workers
+from tinymoe import workers
 from tinymoe.block import Attend, BlockSaved, block, block_backward
 from tinymoe.cache import KVCache
 from tinymoe.config import MixtralConfig
@@ -16,8 +17,10 @@ from tinymoe.reference.loss import IGNORED
 
 Array = np.ndarray
 Params = Mapping[str, Array]
-BACKENDS = {"reference": reference}
-DTYPES = ("float32", "float64")
+DTYPES = {  # of each backend
+    "reference": ("float32", "float64"),
+    "cuda": ("float32", "bfloat16"),
+}
 LEAST_PART = 2**16  # elements (tokens · dim) of a worker's part: with fewer, threads mostly wait for the interpreter
 
 
@@ -49,14 +52,15 @@ class Mixtral:
     params
         Flat dict of arrays with the names and shapes of `MixtralConfig.parameter_shapes`; kept, not copied.
     backend
-        ``"reference"``: NumPy.
+        ``"reference"``: NumPy. ``"cuda"``: raw kernels, where `tinymoe.cuda.device` says: on a GPU, or emulated.
     num_workers
-        Threads that share a training batch; None: one per usable core. It fixes the order of sums, hence the bits.
+        Threads that share a training batch of the reference; None: one per usable core. It fixes the order of sums,
+        hence the bits.
 
     Attributes
     ----------
     params
-        As given.
+        As given; with ``"cuda"`` on the device.
     losses
         `Losses` of the last call of `loss_and_grads`.
 
@@ -69,16 +73,21 @@ class Mixtral:
     def __init__(
         self, config: MixtralConfig, params: Params, backend: str = "reference", num_workers: int | None = None
     ):
-        if backend not in BACKENDS:
-            raise InputError(f"no backend {backend!r}; there is {', '.join(BACKENDS)}")
-        check_params(config, params)
+        _check_backend(backend)
+        check_params(config, params, backend)
         if num_workers is not None and num_workers < 1:
             raise InputError(f"num_workers is {num_workers}; give at least 1")
         self.config = config
-        self.params = params
         self.backend = backend
-        self.ops = BACKENDS[backend]
-        self.num_workers = num_workers or workers.usable_cores()
+        self.ops: Any = importlib.import_module(f"tinymoe.{backend}")
+        self.num_workers = (num_workers or workers.usable_cores()) if backend == "reference" else 1
+        self.params = params
+        if backend == "cuda":
+            if not isinstance(params, dict):
+                raise InputError(
+                    "a memory-mapped model runs on the reference: load it without mmap for the CUDA backend"
+                )
+            self.params = {name: self.place(p) for name, p in params.items()}
         self.dtype = params["norm"].dtype
         self.losses: Losses | None = None
 
@@ -98,14 +107,16 @@ class Mixtral:
         """
         if seed < 0:
             raise InputError(f"seed is {seed}; give 0 or more")
+        _check_backend(backend)
+        to = _checked_dtype(dtype, backend)
         rng = np.random.default_rng(seed)
         params = {}
         for name, shape in config.parameter_shapes():
             if name.endswith("norm"):
-                params[name] = np.ones(shape, _checked_dtype(dtype))
+                params[name] = np.ones(shape, to)
                 continue
             std = 0.02 / np.sqrt(2 * config.n_layers) if name.endswith(("wo", "w2")) else 0.02
-            params[name] = (rng.standard_normal(shape, np.float32) * np.float32(std)).astype(_checked_dtype(dtype))
+            params[name] = (rng.standard_normal(shape, np.float32) * np.float32(std)).astype(to)
         return cls(config, params, backend, num_workers)
 
     @classmethod
@@ -136,14 +147,30 @@ class Mixtral:
         """
         from tinymoe import checkpoint
 
-        config, params = checkpoint.load(directory, _checked_dtype(dtype), mmap=mmap)
+        _check_backend(backend)
+        config, params = checkpoint.load(directory, _checked_dtype(dtype, backend), mmap=mmap)
         return cls(config, params, backend, num_workers)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors in transformers' layout; each is replaced whole or not at all."""
         from tinymoe import checkpoint
 
-        checkpoint.save(directory, self.params, self.config)
+        params = self.params if self.backend == "reference" else {n: self.host(p) for n, p in self.params.items()}
+        checkpoint.save(directory, params, self.config)
+
+    # Arrays: NumPy's for the reference, the device's for kernels.
+
+    def place(self, array: Any, dtype: Any = None) -> Any:
+        """Return a host array as the backend's, as ``dtype`` if given."""
+        return self.ops.device.array(array, dtype) if self.backend == "cuda" else np.asarray(array)
+
+    def host(self, array: Any) -> Array:
+        """Return an array of the backend as NumPy's."""
+        return self.ops.device.host(array) if self.backend == "cuda" else array
+
+    def cache(self, capacity: int) -> KVCache:
+        """Return an empty cache for a sequence of up to so many tokens."""
+        return KVCache(self.config, capacity, self.dtype, self.ops.device.empty if self.backend == "cuda" else np.empty)
 
     # Forward.
 
@@ -153,8 +180,10 @@ class Mixtral:
 
         Memory is O(T): nothing is kept for a backward pass.
         """
-        tokens = self._checked(tokens)
-        x, _ = self.ops.embedding(tokens.ravel(), self.params["tok_embeddings"])  # (N, D)
+        return self.host(self._logits(self._checked(tokens)))
+
+    def _logits(self, tokens: Array) -> Any:
+        x, _ = self.ops.embedding(self._ids(tokens), self.params["tok_embeddings"])  # (N, D)
         rotation = self._rotation(np.arange(tokens.shape[1]))
         for layer in range(self.config.n_layers):
             x, _ = self._block(layer, x, tokens.shape, rotation, self._attend)
@@ -164,14 +193,14 @@ class Mixtral:
 
     def first_layer_not_finite(self, tokens: Array) -> int | None:
         """Return the first layer whose output for tokens (B, T) is not finite, or None: where a divergence began."""
-        x, _ = self.ops.embedding(tokens.ravel(), self.params["tok_embeddings"])
+        x, _ = self.ops.embedding(self._ids(tokens), self.params["tok_embeddings"])
         rotation = self._rotation(np.arange(tokens.shape[1]))
         for layer in range(self.config.n_layers):
             try:
                 x, _ = self._block(layer, x, tokens.shape, rotation, self._attend)
             except FloatingPointError:
                 return layer
-            if not np.isfinite(x).all():
+            if not np.isfinite(self.host(x)).all():
                 return layer
         return None
 
@@ -203,27 +232,29 @@ class Mixtral:
         positions = np.concatenate([np.arange(c.length, c.length + len(s)) for s, c in zip(sequences, caches)])
 
         def attend(layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            o = np.empty_like(q)
+            o = q.copy()
             for part, cache in zip(rows, caches):
                 keys, values = cache.update(layer, k[:, part], v[:, part])
+                queries, keys, values = self.place(q[:, part]), self.place(keys), self.place(values)
                 if part.stop - part.start == 1:
-                    o[:, part] = self.ops.attention_decode(q[:, part], keys, values)
+                    o[:, part] = self.ops.attention_decode(queries, keys, values)
                 else:
-                    o[:, part], _ = self.ops.attention(q[:, part], keys, values, self.config.sliding_window)
-            return o, None
+                    o[:, part], _ = self.ops.attention(queries, keys, values, self.config.sliding_window)
+            return self.place(o), None
 
-        x, _ = self.ops.embedding(packed, self.params["tok_embeddings"])  # (N, D)
+        x, _ = self.ops.embedding(self._ids(packed), self.params["tok_embeddings"])  # (N, D)
         rotation = self._rotation(positions)
         moe = self.ops.moe_decode if len(positions) == 1 else self.ops.moe
         experts = []
         for layer in range(self.config.n_layers):
             x, saved = self._block(layer, x, (1, len(positions)), rotation, partial(attend, layer), moe)
             if self.config.num_experts:
-                experts.append(saved.ffn.routing.experts)
+                self._check_finite(layer, saved)
+                experts.append(self.host(saved.ffn.routing.experts))
         for tokens, cache in zip(sequences, caches):
             cache.advance(len(tokens))
-        x, _ = self.ops.rmsnorm(x[ends - 1], self.params["norm"], self.config.norm_eps)
-        return self.ops.linear(x, self._head())[0], experts
+        x, _ = self.ops.rmsnorm(x[self.place(ends - 1)], self.params["norm"], self.config.norm_eps)
+        return self.host(self.ops.linear(x, self._head())[0]), experts
 
     def router_logits(self, tokens: Array) -> list[Array]:
         """Return the router's logits (N, E) of tokens (B, T), layer by layer; nothing for a dense model."""
@@ -231,10 +262,10 @@ class Mixtral:
         if self.config.num_experts == 0:
             return []
         forward = self._forward(tokens, self._rotation(np.arange(tokens.shape[1])))
-        return [saved.ffn.routing.logits for saved in forward.blocks]
+        return [self.host(saved.ffn.routing.logits) for saved in forward.blocks]
 
     def _forward(self, tokens: Array, rotation: Array) -> Forward:
-        x, embedding_saved = self.ops.embedding(tokens.ravel(), self.params["tok_embeddings"])  # (N, D)
+        x, embedding_saved = self.ops.embedding(self._ids(tokens), self.params["tok_embeddings"])  # (N, D)
         blocks = []
         for layer in range(self.config.n_layers):
             x, saved = self._block(layer, x, tokens.shape, rotation, self._attend)
@@ -259,8 +290,21 @@ class Mixtral:
     def _rotation(self, positions: Array) -> Array:
         return self.ops.rope_table(positions, self.config.head_dim, self.config.rope_theta, self.dtype)
 
-    def _head(self) -> Array:
-        return np.asarray(self.params["tok_embeddings" if self.config.tie_embeddings else "output"])
+    def _head(self) -> Any:
+        return self.place(self.params["tok_embeddings" if self.config.tie_embeddings else "output"])
+
+    def _ids(self, tokens: Array) -> Any:
+        """Return token ids or targets as one row, on the device as int32."""
+        return self.place(tokens.ravel(), np.int32)
+
+    def _number(self, value: Any) -> float:
+        """Return a loss term as a number: the reference gives one, the device an array of one."""
+        return np.asarray(self.host(value)).item()
+
+    def _check_finite(self, layer: int, saved: BlockSaved) -> None:
+        """Raise what the reference's router raises, if the device's has set its flag."""
+        if self.config.num_experts and self.backend == "cuda" and self.host(saved.ffn.routing.not_finite).any():
+            raise FloatingPointError(f"layer {layer}: the router's logits are not finite")
 
     # Loss and backward.
 
@@ -269,9 +313,9 @@ class Mixtral:
         tokens, targets = self._checked_pair(tokens, targets)
 
         def part(tokens: Array, targets: Array) -> float:
-            logits = self(tokens)
-            loss, _ = self.ops.cross_entropy(logits.reshape(-1, self.config.vocab_size), targets.ravel())
-            return loss * np.count_nonzero(targets != IGNORED)
+            logits = self._logits(tokens)
+            loss, _ = self.ops.cross_entropy(logits.reshape(-1, self.config.vocab_size), self._ids(targets))
+            return self._number(loss) * np.count_nonzero(targets != IGNORED)
 
         sums = workers.run(part, self._split(tokens), self._split(targets), workers=self.num_workers)
         return float(sum(sums) / np.count_nonzero(targets != IGNORED))
@@ -322,12 +366,15 @@ class Mixtral:
 
         def backward(forward: Forward, part: Array) -> tuple[Losses, dict[str, Array]]:
             of_targets, of_tokens = np.count_nonzero(part != IGNORED) / count, part.size / targets.size
-            return self._backward(forward, part.ravel(), load, of_targets, of_tokens, aux, z)
+            return self._backward(forward, self._ids(part), load, of_targets, of_tokens, aux, z)
 
         parts = workers.run(backward, forwards, targets_of, workers=self.num_workers)
         terms = [losses for losses, _ in parts]
         self.losses = Losses(
-            float(sum(t.cross_entropy for t in terms)), sum(t.switch for t in terms), sum(t.z for t in terms), load
+            float(sum(t.cross_entropy for t in terms)),
+            sum(t.switch for t in terms),
+            sum(t.z for t in terms),
+            np.stack([self.host(of_layer) for of_layer in load]),
         )
         loss = self.losses.cross_entropy
         if self.config.num_experts:
@@ -335,18 +382,27 @@ class Mixtral:
         return loss, self._sum([grads for _, grads in parts])
 
     def _backward(
-        self, forward: Forward, targets: Array, load: Array, of_targets: float, of_tokens: float, aux: float, z: float
+        self,
+        forward: Forward,
+        targets: Any,
+        load: list[Any],
+        of_targets: float,
+        of_tokens: float,
+        aux: float,
+        z: float,
     ) -> tuple[Losses, dict[str, Array]]:
         """Return one part's share of the loss terms, and of the gradient of the whole loss.
 
-        ``of_targets`` and ``of_tokens`` are the part's fractions of the batch's counted targets and of its tokens.
+        ``of_targets`` and ``of_tokens`` are the part's fractions of the batch's counted targets and of its tokens. The
+        loss terms are read at the end: until then a device need not wait for the host.
         """
         ops, layers = self.ops, self.config.n_layers
         grads: dict[str, Array] = {}
         logits, head = ops.linear(forward.hidden, self._head())  # (N, V)
         cross_entropy, saved = ops.cross_entropy(logits, targets)
         dhidden, dhead = ops.linear_backward(ops.cross_entropy_backward(of_targets, saved), head)
-        switch, z_terms = np.zeros(layers), np.zeros(layers)
+        switch: list[Any] = [0.0] * layers
+        z_terms: list[Any] = [0.0] * layers
         dx, grads["norm"] = ops.rmsnorm_backward(dhidden, forward.norm)
         for layer in reversed(range(layers)):
             saved_block, dlogits = forward.blocks[layer], None
@@ -364,7 +420,10 @@ class Mixtral:
             grads["tok_embeddings"] += dhead
         else:
             grads["output"] = dhead
-        return Losses(cross_entropy * of_targets, switch * of_tokens, z_terms * of_tokens, load), grads
+        for layer, saved_block in enumerate(forward.blocks):
+            self._check_finite(layer, saved_block)
+        of_layers = [np.array([self._number(term) for term in terms]) * of_tokens for terms in (switch, z_terms)]
+        return Losses(self._number(cross_entropy) * of_targets, of_layers[0], of_layers[1], np.empty(0)), grads
 
     # The batch over the workers.
 
@@ -373,12 +432,13 @@ class Mixtral:
         worthwhile = max(1, batch.size * self.config.dim // LEAST_PART)
         return np.array_split(batch, min(self.num_workers, len(batch), worthwhile))
 
-    def _load(self, forwards: list[Forward]) -> Array:
-        """Return the load (L, E) of the whole batch."""
+    def _load(self, forwards: list[Forward]) -> list[Any]:
+        """Return the load (E,) of the whole batch in each layer."""
         if self.config.num_experts == 0:
-            return np.zeros((self.config.n_layers, 0))
+            return [np.zeros(0)] * self.config.n_layers
         experts = [[f.blocks[layer].ffn.routing.experts for f in forwards] for layer in range(self.config.n_layers)]
-        return np.stack([self.ops.expert_load(np.concatenate(parts), self.config.num_experts) for parts in experts])
+        whole = [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in experts]
+        return [self.ops.expert_load(of_layer, self.config.num_experts) for of_layer in whole]
 
     def _sum(self, parts: list[dict[str, Array]]) -> dict[str, Array]:
         """Return the sum of the parts' gradients, in the order of the workers and under the order of ``params``."""
@@ -424,8 +484,8 @@ def check_tokens(tokens: Array, vocab_size: int) -> None:
         raise InputError(f"token {wrong} is outside the vocabulary of {vocab_size}")
 
 
-def check_params(config: MixtralConfig, params: Params) -> None:
-    """Raise InputError unless the parameters are exactly those of the config, in one dtype."""
+def check_params(config: MixtralConfig, params: Params, backend: str = "reference") -> None:
+    """Raise InputError unless the parameters are exactly those of the config, in one dtype that the backend takes."""
     names = set()
     for name, shape in config.parameter_shapes():
         if name not in params:
@@ -434,10 +494,10 @@ def check_params(config: MixtralConfig, params: Params) -> None:
             raise InputError(f"parameter {name} has shape {found}; the config asks for {shape}")
         names.add(name)
     if isinstance(params, dict):
-        dtype = params["norm"].dtype
+        dtype, dtypes = params["norm"].dtype, DTYPES[backend]
         for name, p in params.items():
-            if p.dtype not in DTYPES or p.dtype != dtype:
-                raise InputError(f"parameter {name} has dtype {p.dtype}; all must be {' or all '.join(DTYPES)}")
+            if p.dtype.name not in dtypes or p.dtype != dtype:
+                raise InputError(f"parameter {name} has dtype {p.dtype}; all must be {' or all '.join(dtypes)}")
     if extra := sorted(params.keys() - names):
         raise InputError(f"parameter {extra[0]} does not belong to this config")
 
@@ -448,8 +508,21 @@ def shape_of(params: Params, name: str) -> tuple[int, ...]:
     return shapes[name] if shapes is not None else params[name].shape
 
 
-def _checked_dtype(dtype: str) -> np.dtype:
+def _check_backend(backend: str) -> None:
+    if backend not in DTYPES:
+        raise InputError(f"no backend {backend!r}; there is {', '.join(DTYPES)}")
+
+
+def _checked_dtype(dtype: str, backend: str) -> np.dtype:
     name = getattr(dtype, "__name__", str(dtype))  # np.float32 is "float32", too
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is not one to compute in on a CPU; give {' or '.join(DTYPES)}")
-    return np.dtype(name)
+    if name not in DTYPES[backend]:
+        raise InputError(f"dtype {name!r} is not one to compute in on {backend}; give {' or '.join(DTYPES[backend])}")
+    return _dtype(name)
+
+
+def _dtype(name: str) -> np.dtype:
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)

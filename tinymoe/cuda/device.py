@@ -5,6 +5,7 @@ NumPy's under the emulator and CuPy's on a GPU.
 """
 
 import functools
+import numbers
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,8 +118,8 @@ def array(values: Any, dtype: Any = None) -> Any:
 
 
 def host(values: Any) -> np.ndarray:
-    """Return an array of the device as NumPy's."""
-    return values if isinstance(values, np.ndarray) else values.get()
+    """Return an array of the device, or a number, as a NumPy array."""
+    return values.get() if hasattr(values, "get") else np.asarray(values)
 
 
 # ---- kernels
@@ -195,7 +196,7 @@ class Kernels:
         Raises
         ------
         TypeError
-            An argument does not fit its parameter: number, dtype, contiguity, alignment.
+            An argument does not fit its parameter (number, dtype, contiguity, alignment), or the grid no GPU.
         tinymoe.cuda.emulator.KernelError
             The emulator caught the kernel at something.
         """
@@ -205,10 +206,12 @@ class Kernels:
         for argument, parameter in zip(arguments, parameters):
             _check(expression, argument, parameter)
         grid, block = _three(grid), _three(block)
+        if min(grid) < 0 or grid[0] >= 2**31 or max(grid[1:]) > 65535:
+            raise TypeError(f"{expression}: a grid has up to 2**31 - 1, 65535 and 65535 blocks, got {grid}")
+        if min(block) < 1 or block[0] * block[1] * block[2] > 1024 or block[2] > 64:
+            raise TypeError(f"{expression}: a block has 1 to 1024 threads, up to 64 of them along z, got {block}")
         if min(grid) == 0:
             return
-        if min(block) < 1 or block[0] * block[1] * block[2] > 1024:
-            raise TypeError(f"{expression}: a block has 1 to 1024 threads, got {block}")
         where = current()
         if where == "gpu":
             from tinymoe.cuda import gpu
@@ -232,9 +235,12 @@ def _three(size: int | tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _check(expression: str, argument: Any, parameter: Parameter) -> None:
-    if not parameter.is_array or argument is None:
-        return
     what = f"{expression}: {parameter.name}"
+    if not parameter.is_array:
+        _check_number(what, argument, parameter.dtype)
+        return
+    if argument is None:
+        return
     if not hasattr(argument, "flags") or argument.dtype != parameter.dtype:
         raise TypeError(
             f"{what} must be an array of {parameter.dtype}, got {getattr(argument, 'dtype', type(argument))}"
@@ -246,6 +252,14 @@ def _check(expression: str, argument: Any, parameter: Parameter) -> None:
         raise TypeError(f"{what} must be aligned to 16 bytes: make it with device.array or device.empty")
     if isinstance(argument, np.ndarray) and not parameter.is_const and not argument.flags.writeable:
         raise TypeError(f"{what} is written by the kernel, but the array is read-only")
+
+
+def _check_number(what: str, number: Any, dtype: np.dtype) -> None:
+    kind: type = numbers.Real if dtype.kind == "f" else numbers.Integral
+    if not isinstance(number, kind):
+        raise TypeError(f"{what} must be a number that fits {dtype}, got {type(number)}")
+    if dtype.kind != "f" and not np.iinfo(dtype).min <= number <= np.iinfo(dtype).max:
+        raise TypeError(f"{what} must fit {dtype}, got {number}")
 
 
 def _for_emulator(argument: Any, parameter: Parameter) -> Any:

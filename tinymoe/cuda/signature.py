@@ -40,14 +40,17 @@ def signature(source: str, expression: str) -> list[Parameter]:
         There is no such kernel, or a parameter's type is none of `DTYPES`.
     """
     name, _, given = expression.partition("<")
+    bounds = r"(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?"  # it may stand on either side of void
     found = re.search(
-        rf"(?:template\s*<([^>]*)>\s*)?__global__\s+void\s*(?:__launch_bounds__\([^)]*\)\s*)?{re.escape(name)}\s*\(([^)]*)\)",
-        source,
+        rf"(?:template\s*<([^>]*)>\s*)?__global__\s+{bounds}void\s+{bounds}{re.escape(name)}\s*\(([^)]*)\)",
+        re.sub(r"//.*|/\*(?s:.*?)\*/", "", source),
     )
     if not found:
         raise ValueError(f"there is no kernel {name}")
-    names = [declared.split()[-1] for declared in (found[1] or "").split(",") if declared.strip()]
-    types = dict(zip(names, (argument.strip() for argument in given.rstrip(">").split(","))))
+    names = [declared.partition("=")[0].split()[-1] for declared in (found[1] or "").split(",") if declared.strip()]
+    # Commas inside brackets belong to one argument.
+    arguments = re.findall(r"(?:[^,<>()]|<[^<>]*>|\([^()]*\))+", given.removesuffix(">"))
+    types = dict(zip(names, (argument.strip() for argument in arguments)))
     return [_parameter(text, types) for text in found[2].split(",") if text.strip()]
 
 

@@ -130,6 +130,17 @@ class Library:
         KernelError
             The kernel was caught at something, or never ended.
         """
+        with _apart(arguments) if self.checked else contextlib.nullcontext(arguments) as apart:
+            self._launch(expression, grid, block, apart, shared)
+
+    def _launch(
+        self,
+        expression: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Sequence[Array | bytes],
+        shared: int,
+    ) -> None:
         kernel = getattr(self._library, f"kernel_{self.expressions.index(expression)}")
         values = [
             ctypes.c_void_p(argument.address) if isinstance(argument, Array) else ctypes.create_string_buffer(argument)
@@ -163,6 +174,33 @@ class Library:
         )
 
 
+@contextlib.contextmanager
+def _apart(arguments: Sequence[Array | bytes]) -> Iterator[list[Array | bytes]]:
+    """Yield the arguments with copies of the arrays, written back in the end.
+
+    Views of one buffer lie side by side, so that a step beyond one is in another; the copies have room between them.
+    Those that overlap still do.
+    """
+    arrays = sorted(a for a in arguments if isinstance(a, Array) and a.bytes)
+    spans: list[list[int]] = []  # first address and end of memory that arrays share
+    for a in arrays:
+        if not spans or a.address >= spans[-1][1]:
+            spans.append([a.address, a.address])
+        spans[-1][1] = max(spans[-1][1], a.address + a.bytes)
+    shift, copies = {}, []
+    for begin, end in spans:
+        copies.append(ctypes.create_string_buffer(end - begin + 3 * _ROOM))
+        start = ctypes.addressof(copies[-1])
+        copy = start + (begin - start) % _ROOM + _ROOM  # aligned as the original
+        ctypes.memmove(copy, begin, end - begin)
+        shift.update({a.address: copy - begin for a in arrays if begin <= a.address < end})
+    yield [a._replace(address=a.address + shift.get(a.address, 0)) if isinstance(a, Array) else a for a in arguments]
+    for a in arrays:
+        if a.writable:
+            ctypes.memmove(a.address, a.address + shift[a.address], a.bytes)
+
+
+_ROOM = 4096  # bytes before and behind a copy
 _Dim = ctypes.c_uint * 3
 
 

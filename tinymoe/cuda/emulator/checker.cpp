@@ -12,6 +12,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 
 #include "fiber.h"
 #include "scheduler.h"
@@ -22,20 +23,27 @@ constexpr size_t GRAIN = 2;  // bytes of a cell: no kernel shares anything small
 
 struct Touch {
     uint32_t block;  // 1 + its number; 0: nobody
-    uint32_t clock;
-    uint16_t thread;
+    uint32_t thread : 10, clock : 22;
+};
+
+// The reads, or the atomics, since the last write. A touch that is ordered before a later one need not be kept. Two of
+// each warp are enough as long as its lanes meet with full masks: no lane is ordered after both, nor after one between.
+struct Touches {
+    Touch elsewhere;                // by a block that ran before
+    Touch two[2];                   // by two threads
+    std::unique_ptr<Touch[]> more;  // if there was a third: two by each warp
 };
 
 struct Cell {
     Touch write;
-    Touch reads[2];  // the first reader since the last write, and the last
-    bool atomic;     // the write was
-    bool in_flight;  // an asynchronous copy may write it at any moment
+    Touches reads;
+    std::unique_ptr<Touches> atomics;  // few cells have any
+    bool in_flight;                    // an asynchronous copy may write it at any moment
 };
 
 struct Region {  // memory with one shadow: array arguments that overlap share it
     const char *begin, *end;
-    std::vector<Cell> cells;
+    std::vector<Cell> cells;  // none if nobody may write here
 };
 
 struct Argument {
@@ -70,10 +78,12 @@ void check_launch(const Buffer *buffers, int count, char *image, char *end, char
         if (regions.empty() || a.begin >= regions.back().end) regions.push_back({a.begin, a.end, {}});
         else regions.back().end = std::max(regions.back().end, a.end);
     }
-    for (Region &r : regions) r.cells.assign((r.end - r.begin) / GRAIN + 1, {});
     for (Argument &a : array_arguments)
         for (Region &r : regions)
-            if (a.begin >= r.begin && a.end <= r.end) a.region = &r;
+            if (a.begin >= r.begin && a.end <= r.end) {
+                a.region = &r;
+                if (a.writable) r.cells.resize((r.end - r.begin) / GRAIN + 1);
+            }
     static_shared = {shared, shared_end, std::vector<Cell>((shared_end - shared) / GRAIN + 1)};
     dynamic_region = {dynamic_shared(), dynamic_shared() + dynamic_bytes, std::vector<Cell>(dynamic_bytes / GRAIN + 1)};
 }
@@ -114,9 +124,10 @@ static uint32_t known(int thread) { return heard[current].empty() ? met[thread] 
 static bool is_before_us(const Touch &touch, bool shared) {
     if (touch.block == 0) return true;
     if (touch.block != (uint32_t)block_number + 1) return shared;  // shared memory begins anew with every block
-    return touch.thread == current || touch.clock <= known(touch.thread);
+    return (int)touch.thread == current || touch.clock <= known(touch.thread);
 }
 
+static size_t warps() { return (threads.size() + 31) / 32; }
 static const char *verb(Access access) { return access == Access::read ? "read" : access == Access::write ? "write" : "atomic"; }
 static constexpr Where UNKNOWN = {nullptr, 0};  // the culprit tells
 
@@ -126,29 +137,60 @@ static constexpr Where UNKNOWN = {nullptr, 0};  // the culprit tells
     fail("race", UNKNOWN, "%s of %s at byte %zu, not ordered with the %s by thread %d of block %u", verb(access), memory, offset, before, other.thread, other.block - 1);
 }
 
+// Return one of the touches that the running thread's present does not come after; null: there is none.
+static const Touch *unordered(const Touches &touches, bool shared) {
+    if (!touches.two[0].block) return nullptr;  // nobody
+    for (const Touch *t : {&touches.elsewhere, &touches.two[0], &touches.two[1]})
+        if (!is_before_us(*t, shared)) return t;
+    for (size_t i = 0; touches.more && i < 2 * warps(); i++)
+        if (!is_before_us(touches.more[i], shared)) return &touches.more[i];
+    return nullptr;
+}
+
+static void remember(Touches &touches, const Touch &now) {
+    const auto take = [&](Touch &place) {
+        if (place.block && place.block != now.block) touches.elsewhere = place;
+        place = now;
+    };
+    for (Touch &place : touches.two)
+        if (is_before_us(place, true)) return take(place);
+    if (!touches.more) touches.more.reset(new Touch[2 * warps()]());
+    Touch *of_warp = &touches.more[now.thread / 32 * 2];
+    take(is_before_us(of_warp[0], true) ? of_warp[0] : of_warp[1]);
+}
+
+static void forget(Touches &touches) {
+    if (!touches.two[0].block) return;
+    touches.elsewhere = touches.two[0] = touches.two[1] = {};
+    if (touches.more) std::fill_n(touches.more.get(), 2 * warps(), Touch());
+}
+
 static void touch_cell(Cell &cell, Access access, bool shared, const char *memory, size_t offset) {
-    if (cell.in_flight && access != Access::write)
+    if (cell.in_flight)
         fail("in flight", UNKNOWN, "%s of %s at byte %zu, where an asynchronous copy that nobody waited for may write", verb(access), memory, offset);
-    if (!is_before_us(cell.write, shared) && !(access == Access::atomic && cell.atomic))
-        race(access, cell.atomic ? "atomic" : "write", cell.write, memory, offset);
+    if (!is_before_us(cell.write, shared)) race(access, "write", cell.write, memory, offset);
     if (access != Access::read)
-        for (const Touch &read : cell.reads)
-            if (!is_before_us(read, shared)) race(access, "read", read, memory, offset);
+        if (const Touch *read = unordered(cell.reads, shared)) race(access, "read", *read, memory, offset);
+    if (access != Access::atomic && cell.atomics)
+        if (const Touch *atomic = unordered(*cell.atomics, shared)) race(access, "atomic", *atomic, memory, offset);
     const uint32_t block = block_number + 1;
     if (shared && access != Access::write && cell.write.block != block)
         fail("uninitialised", UNKNOWN, "%s of %s at byte %zu, which nobody has written", verb(access), memory, offset);
-    const Touch now = {block, clocks[current], (uint16_t)current};
+    const Touch now = {block, (uint32_t)current, clocks[current]};
     if (access == Access::read) {
-        Touch &first = cell.reads[0];
-        (first.block != block || first.thread == current || is_before_us(first, shared) ? first : cell.reads[1]) = now;
+        remember(cell.reads, now);
+    } else if (access == Access::atomic) {
+        if (!cell.atomics) cell.atomics.reset(new Touches());
+        remember(*cell.atomics, now);
     } else {
         cell.write = now;
-        cell.reads[0] = cell.reads[1] = {};
-        cell.atomic = access == Access::atomic;
+        forget(cell.reads);
+        if (cell.atomics) forget(*cell.atomics);
     }
 }
 
 static void touch_region(Region &region, const char *p, size_t bytes, Access access, bool shared, const char *memory, const char *base) {
+    if (region.cells.empty()) return;
     const size_t last = (p + bytes - 1 - region.begin) / GRAIN;
     for (size_t i = (p - region.begin) / GRAIN; i <= last; i++)
         touch_cell(region.cells[i], access, shared, memory, region.begin + i * GRAIN - base);
@@ -162,9 +204,11 @@ static Argument *argument_at(const char *p, size_t bytes, bool writable) {
 }
 
 [[noreturn]] static void out_of_bounds(const char *p, size_t bytes, Access access) {
-    for (const Argument &a : array_arguments)
-        if (p > a.begin - 65536 && p < a.end + 65536)
-            fail("out of bounds", UNKNOWN, "%s of %zu bytes at byte %td of %s, which has %td", verb(access), bytes, p - a.begin, a.name, a.end - a.begin);
+    for (const Argument &a : array_arguments) {
+        const ptrdiff_t offset = p - a.begin, size = a.end - a.begin;
+        if (offset > -65536 && offset < size + 65536)
+            fail("out of bounds", UNKNOWN, "%s of %zu bytes at byte %td of %s, which %s %td", verb(access), bytes, offset, a.name, a.begin ? "has" : "is null and has", size);
+    }
     fail("out of bounds", UNKNOWN, "%s of %zu bytes at %p, which is nobody's memory", verb(access), bytes, (const void *)p);
 }
 
@@ -175,6 +219,7 @@ void touch(const void *address, size_t bytes, Access access, Where where) {
 
 void touch(const void *address, size_t bytes, Access access) {
     if (!checking || current < 0) return;
+    if (late) timeout(UNKNOWN);
     const char *p = (const char *)address;
     if (p >= stack_of(current) && p < stack_of(current) + STACK_BYTES) return;  // the thread's own
     if (options.preempt && random_bits() % options.preempt == 0) {
@@ -235,3 +280,29 @@ extern "C" void __tsan_init() {}
 extern "C" void *__tsan_memset(void *p, int c, size_t n) { return __tsan_write_range(p, n), memset(p, c, n); }
 extern "C" void *__tsan_memcpy(void *to, const void *from, size_t n) { return __tsan_read_range((void *)from, n), __tsan_write_range(to, n), memcpy(to, from, n); }
 extern "C" void *__tsan_memmove(void *to, const void *from, size_t n) { return __tsan_read_range((void *)from, n), __tsan_write_range(to, n), memmove(to, from, n); }
+
+// ---- the calls that -fsanitize=bounds,alignment puts there: what an address does not tell
+
+struct TypeName {
+    uint16_t kind, information;
+    char name[1];
+};
+struct BadIndex {
+    const char *file;
+    uint32_t line, column;
+    const TypeName *array, *index;
+};
+struct BadPointer {
+    const char *file;
+    uint32_t line, column;
+    const TypeName *type;
+};
+
+extern "C" void __ubsan_handle_out_of_bounds(BadIndex *bad, size_t index) {
+    emulator::culprit = {__builtin_return_address(0), {}};
+    emulator::fail("out of bounds", emulator::UNKNOWN, "index %td of %s", (ptrdiff_t)index, bad->array->name);
+}
+extern "C" void __ubsan_handle_type_mismatch_v1(BadPointer *bad, void *address) {
+    emulator::culprit = {__builtin_return_address(0), {}};
+    emulator::fail("misaligned", emulator::UNKNOWN, "access to %s at %p", bad->type->name, address);
+}

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from tinymoe.errors import InputError
@@ -15,9 +16,10 @@ HERE = Path(__file__).parent
 INCLUDE = HERE.parent / "include"
 RUNTIME = [HERE / name for name in ("scheduler.cpp", "checker.cpp", "asynchronous.cpp", "fiber.cpp")]
 FLAGS = ["-std=c++17", "-fPIC", "-g", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS += ["-U_FORTIFY_SOURCE"]  # its longjmp refuses to leave a fiber whose stack lies above the caller's
 KERNEL_FLAGS = {  # of the two builds
-    "emulated": ["-O2"],
-    "checked": ["-O1", "-fsanitize=thread"],
+    "emulated": ["-O2", "-fno-plt"],  # no stubs, whose instructions are of no line
+    "checked": ["-O1", "-fno-plt", "-fsanitize=thread,bounds,alignment"],
 }
 
 
@@ -78,19 +80,15 @@ def _built(name: str, sources: list[Path], flags: list[str], link: list[str], te
     target = cache() / f"{name}-{digest.hexdigest()[:20]}.so"
     if target.exists():
         return target
-    partial = target.with_suffix(f".{os.getpid()}")  # others may build the same: whoever renames last wins, all alike
-    try:
+    with tempfile.TemporaryDirectory(dir=cache()) as folder:
+        unit, compiled, partial = (Path(folder) / name for name in ("unit.cpp", "unit.o", "library.so"))
         if text:
-            unit, compiled = partial.with_suffix(f".{os.getpid()}.cpp"), partial.with_suffix(f".{os.getpid()}.o")
             unit.write_text(text)
             _run([*command, "-c", str(unit), "-o", str(compiled)])
             _run([compiler(), str(compiled), *link, "-o", str(partial)])
         else:
             _run([*command, *map(str, sources), *link, "-o", str(partial)])
-        os.replace(partial, target)
-    finally:
-        for left in cache().glob(f"{target.stem}.{os.getpid()}*"):
-            left.unlink()
+        os.replace(partial, target)  # others may build the same: whoever renames last wins, all alike
     return target
 
 
@@ -120,7 +118,7 @@ def line_of(library: Path, offset: int) -> tuple[str, int] | None:
         return None
     done = subprocess.run([tool, "-e", str(library), "-i", hex(offset)], capture_output=True, text=True)
     # Of the inlined lines the first that is not in a header of ours is the kernel's.
-    lines = [found for found in map(re.compile(r"(.+):(\d+)").match, done.stdout.splitlines()) if found]
+    lines = [found for found in map(re.compile(r"([^?].*):(\d+)").match, done.stdout.splitlines()) if found]
     chosen = next(
         (found for found in lines if Path(found[1]).parent not in (HERE, INCLUDE)), lines[0] if lines else None
     )

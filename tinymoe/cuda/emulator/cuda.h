@@ -177,13 +177,13 @@ inline int __float_as_int(float f) {
     memcpy(&i, &f, sizeof i);
     return i;
 }
-template <class A, class B>
+template <class A, class B>  // of a NaN and a number, the number
 std::common_type_t<A, B> min(A a, B b) {
-    return b < a ? b : a;
+    return b < a || a != a ? b : a;
 }
 template <class A, class B>
 std::common_type_t<A, B> max(A a, B b) {
-    return a < b ? b : a;
+    return a < b || a != a ? b : a;
 }
 
 // ---- half precision, in software: g++ 12 has no _Float16 on aarch64

@@ -30,6 +30,7 @@ std::vector<Thread> threads;
 int current = -1, block_number;
 Options options;
 std::mt19937 random_bits;
+volatile sig_atomic_t late;
 
 static int alive;               // threads of the block that have not exited
 static int arrived[BARRIERS];   // threads that wait at each barrier
@@ -39,6 +40,7 @@ static void **arguments;
 static bool failed;
 static Report report;
 static sigjmp_buf out_of_launch;
+static const char *library_begin, *library_end;  // of the kernel
 alignas(1024) static char dynamic_memory[MOST_SHARED];
 
 unsigned lane() { return current % 32; }
@@ -66,6 +68,10 @@ void fail(const char *kind, Where where, const char *format, ...) {
     va_end(values);
     if (!where.file) report.address = culprit.instruction;
     siglongjmp(out_of_launch, 1);
+}
+
+void timeout(Where where) {
+    fail("timeout", where, "the kernel ran for %g seconds of processor time without an end", options.seconds);
 }
 
 static void append(char *&to, const char *end, const char *format, ...) {
@@ -109,6 +115,7 @@ static void run(int t) {
 void yield() { to_scheduler(); }
 
 static void wait_as(State state, Where where) {
+    if (late) timeout(where);
     threads[current].state = state;
     threads[current].where = where;
 }
@@ -119,6 +126,9 @@ static void thread_body() {
     kernel(arguments);
     check_no_copies(threads[current]);
     threads[current].state = State::exited;
+    for (int t = current - current % 32; t < (int)threads.size() && t / 32 == current / 32; t++)
+        if (threads[t].state == State::at_collective && threads[t].mask >> current % 32 & 1)
+            fail("divergence", threads[t].where, "lane %d waits here for lane %d, which exits", t % 32, current % 32);
     alive--;
     if (arrived[0] && arrived[0] == alive) open_barrier(0);  // reports the divergence
     to_scheduler();
@@ -133,8 +143,8 @@ static void open_barrier(int id) {
     for (int t = 0; t < (int)threads.size(); t++)
         if (threads[t].state == State::at_barrier && threads[t].barrier == id) meeting.push_back(t);
     const Thread &first = threads[meeting[0]];
-    for (int t : meeting)
-        if (threads[t].where.line != first.where.line || strcmp(threads[t].where.file, first.where.file))
+    for (int t : meeting)  // only __syncthreads is one place for all
+        if (!first.barrier_count && (threads[t].where.line != first.where.line || strcmp(threads[t].where.file, first.where.file)))
             fail("divergence", threads[t].where, "threads %d and %d are at different barriers, at lines %d and %d", meeting[0], t,
                  first.where.line, threads[t].where.line);
     if (!first.barrier_count && alive < (int)threads.size())
@@ -173,7 +183,9 @@ void collective(Operation operation, unsigned mask, void *argument, Complete com
             fail("divergence", where, "mask %08x names lane %d, which does not exist or has exited", mask, i);
         const Thread &other = threads[t];
         if (other.state != State::at_collective) return to_scheduler();  // a later lane will complete it
-        if (other.operation != operation || other.mask != mask)
+        if (!(other.mask >> (current - first) & 1)) return to_scheduler();  // it meets others before
+        const bool elsewhere = operation != Operation::sync_warp && other.where.line != where.line;
+        if (other.operation != operation || other.mask != mask || elsewhere)
             fail("divergence", where, "the lane meets lane %d in another operation or mask, at line %d", i, other.where.line);
         deposits[i] = other.argument;
     }
@@ -205,8 +217,11 @@ static const void *instruction(void *context) {
 }
 
 static void bark(int, siginfo_t *, void *context) {
-    culprit = {(const char *)instruction(context) + 1, {}};
-    fail("timeout", {nullptr, 0}, "the kernel ran for %g seconds of processor time without an end", options.seconds);
+    const char *at = (const char *)instruction(context);
+    late = 1;
+    if (at < library_begin || at >= library_end) return;  // perhaps amid an allocation: the next bark, or wait, is near
+    culprit = {at + 1, {}};
+    timeout({nullptr, 0});
 }
 
 struct Watchdog {
@@ -230,6 +245,7 @@ struct Watchdog {
 #endif
         timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer);
         struct itimerspec limit = {};
+        limit.it_interval.tv_nsec = 1000000;
         limit.it_value.tv_sec = (time_t)options.seconds;
         limit.it_value.tv_nsec = (long)((options.seconds - (double)limit.it_value.tv_sec) * 1e9) + 1;
         timer_settime(timer, 0, &limit, nullptr);
@@ -305,10 +321,13 @@ extern "C" int emulator_launch(void (*entry)(void **), void **values, const unsi
     here = {{}, {}, {block[0], block[1], block[2]}, {grid[0], grid[1], grid[2]}};
     kernel = entry;
     arguments = values;
+    library_begin = image;
+    library_end = image_end;
     options = *how;
     random_bits.seed(how->seed);
     threads.assign(block[0] * block[1] * block[2], {});
     failed = false;
+    late = 0;
     culprit = {};
     Watchdog watchdog;
     if (!sigsetjmp(out_of_launch, 1)) {

@@ -1,5 +1,7 @@
 // What the runtime's own files share: the threads of the running block and the launch they belong to.
 #pragma once
+#include <signal.h>
+
 #include <random>
 #include <vector>
 
@@ -69,7 +71,9 @@ extern int current;                  // the running one; −1: none
 extern int block_number;             // linear
 extern Options options;
 extern std::mt19937 random_bits;
+extern volatile sig_atomic_t late;  // the watchdog has barked
 
+[[noreturn]] void timeout(Where where);
 void yield();  // let other threads run; the running one stays ready
 
 // checker.cpp

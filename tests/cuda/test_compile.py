@@ -1,0 +1,35 @@
+"""Every kernel that a launcher may ask for compiles for NVIDIA's cards, and keeps what it holds in registers."""
+
+import pytest
+
+import tinymoe.cuda  # declares all kernels
+from tinymoe.cuda import device, nvrtc
+
+pytest.importorskip("cuda.bindings", reason="NVRTC is not installed: pip install 'tinymoe[nvrtc]'")
+MOST_SHARED = 48 << 10  # bytes of static shared memory that every card has
+
+
+@pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
+@pytest.mark.parametrize("kernels", device.ALL, ids=lambda kernels: kernels.source.stem)
+def test_compiles_without_spills(kernels, architecture):
+    compiled = nvrtc.compile_cubin(kernels, architecture)
+    assert compiled.cubin.startswith(b"\x7fELF")
+    for expression in kernels.expressions:
+        assert expression.split("<")[0] in compiled.names[expression]
+        taken = compiled.resources[expression]
+        assert 0 < taken.registers <= 255
+        assert taken.spills == 0, f"{expression} spills on {architecture}: {taken}"
+        assert taken.shared <= MOST_SHARED
+
+
+def test_a_kernel_that_does_not_compile_is_named(tmp_path):
+    broken = device.Kernels("rmsnorm.cu", "rmsnorm_forward<double>")
+    device.ALL.remove(broken)
+    with pytest.raises(RuntimeError, match=r"rmsnorm\.cu for sm_80"):
+        nvrtc.compile_cubin(broken, "sm_80")
+
+
+def test_all_sources_are_declared():
+    sources = {path.relative_to(device.KERNELS) for path in device.KERNELS.rglob("*.cu")}
+    assert sources == {kernels.source.relative_to(device.KERNELS) for kernels in device.ALL}
+    assert tinymoe.cuda.__all__

@@ -1,0 +1,48 @@
+"""The whole mixture on the device equals the reference's, forward and every gradient."""
+
+import numpy as np
+import pytest
+from emulation import EVERYWHERE, assert_equivalent, assert_same_bits, dtypes, on_device, orders, running
+from gradients import assert_close
+from hypothesis import given, settings
+from strategies import moe_inputs, rngs
+
+from tinymoe import reference
+from tinymoe.cuda import device, moe, moe_backward, moe_decode
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+@given(moe_inputs(), dtypes, orders, rngs)
+@settings(max_examples=15)
+def test_forward_and_every_gradient_equal_the_reference(where, inputs, dtype, order, rng):
+    arrays, top_k, experts = inputs
+    with running(where, order):
+        there, doubles = on_device(*arrays, dtype=dtype)
+        (dy,), (dy64,) = on_device(rng.standard_normal(arrays[0].shape), dtype=dtype)
+        (dlogits,), (dlogits64,) = on_device(rng.standard_normal((len(dy), len(arrays[1]))), dtype=np.float32)
+        y, saved = moe(*there, top_k)
+        grads = moe_backward(dy, dlogits, saved)
+        expected, expected_saved = reference.moe(*doubles, top_k)
+        np.testing.assert_array_equal(device.host(saved.routing.experts), expected_saved.routing.experts)
+        np.testing.assert_array_equal(expected_saved.routing.experts, experts)
+        assert_equivalent(y, expected)
+        for found, wanted in zip(grads, reference.moe_backward(dy64, dlogits64, expected_saved), strict=True):
+            assert_equivalent(found, wanted)
+        assert_same_bits(moe_backward(dy, dlogits, saved), grads)
+        assert device.host(saved.routing.not_finite)[0] == 0
+        one, decoded = moe_decode(device.array(device.host(there[0])[:1]), *there[1:], top_k)
+        assert_close(device.host(one).astype(np.float64), device.host(y)[:1].astype(np.float64), 1e-6)
+        np.testing.assert_array_equal(device.host(decoded.routing.experts), experts[:1])
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_nan_sets_the_flag_and_harms_nobody_else(where):
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(s).astype(np.float32) for s in ((5, 4), (3, 4), (3, 6, 4), (3, 4, 6), (3, 6, 4))]
+    with running(where, ("forward", 0, 0)):
+        good, _ = moe(*(device.array(a) for a in arrays), 2)
+        arrays[0][3] = np.nan
+        bad, saved = moe(*(device.array(a) for a in arrays), 2)
+        assert device.host(saved.routing.not_finite)[0] != 0
+        others = [0, 1, 2, 4]
+        assert_same_bits([device.host(bad)[others]], [device.host(good)[others]])

@@ -1,0 +1,48 @@
+"""The linear map without bias on the device; see `tinymoe.reference.linear`.
+
+The one component whose product is a library's: on a GPU a dense product goes to cuBLAS through CuPy, since one that
+keeps up with it is a subject of its own, and the experts' grouped product, the heart of the model, is ours by hand.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinymoe.cuda import device
+
+
+class LinearSaved(NamedTuple):
+    """What the backward of `linear` needs."""
+
+    x: Any  # (N, D_in)
+    w: Any  # (D_out, D_in)
+
+
+def linear(x: Any, w: Any) -> tuple[Any, LinearSaved]:
+    """Compute y = x wᵀ: (N, D_in), (D_out, D_in) → (N, D_out)."""
+    return matmul(x, w.T), LinearSaved(x, w)
+
+
+def linear_backward(dy: Any, saved: LinearSaved) -> tuple[Any, Any]:
+    """Return dx = dy w and dw = dyᵀ x, of the shapes of x and w."""
+    x, w = saved
+    return matmul(dy, w), matmul(dy.T, x)
+
+
+def matmul(a: Any, b: Any) -> Any:
+    """Return a b of two matrices, transposed views among them: summed in float32, rounded once to their dtype.
+
+    cuBLAS does so. NumPy has no product of bfloat16 matrices: under the emulator it multiplies them as float32.
+
+    Raises
+    ------
+    TypeError
+        The matrices are of two dtypes.
+    tinymoe.errors.InputError
+        They are neither float32 nor bfloat16.
+    """
+    if device.ctype(a) != device.ctype(b):
+        raise TypeError(f"matmul takes two matrices of one dtype, got {a.dtype} and {b.dtype}")
+    if device.current() == "gpu":
+        return device.array(a @ b)
+    return device.array(a.astype(np.float32, copy=False) @ b.astype(np.float32, copy=False), a.dtype)
