@@ -74,7 +74,7 @@ def _started(options: argparse.Namespace) -> "tuple[Run, Corpus]":
     from tinymoe.data import Batches
     from tinymoe.tokenizer import copy_tokenizer, load_tokenizer
 
-    name = options.config or "small"
+    name, backend = options.config or "small", options.backend or "reference"
     config = load_config(name)
     given = {name: value for name, value in vars(options).items() if name in _OPTIONS and value is not None}
     wanted = training.Options(**given)
@@ -89,7 +89,7 @@ def _started(options: argparse.Namespace) -> "tuple[Run, Corpus]":
     corpus.held_out_tokens(tokenizer)  # and this what leaves nothing to evaluate, before the folder is made
     if options.minutes is not None:
         print(f"measuring how many steps fit into {options.minutes:g} minutes", flush=True)
-        steps = training.steps_within(60 * options.minutes, config, tokens, wanted)
+        steps = training.steps_within(60 * options.minutes, config, tokens, wanted, backend)
         wanted = dataclasses.replace(wanted, steps=steps)
     if options.warmup is None:
         wanted = dataclasses.replace(wanted, warmup=min(wanted.warmup, wanted.steps // 10))
@@ -97,7 +97,7 @@ def _started(options: argparse.Namespace) -> "tuple[Run, Corpus]":
     cores = options.workers or workers.usable_cores()
     if options.tokenizer:
         copy_tokenizer(options.tokenizer, directory)
-    run = runs.create(directory, config, dataclasses.asdict(wanted), corpus.manifest(), cores, command)
+    run = runs.create(directory, config, dataclasses.asdict(wanted), corpus.manifest(), cores, command, backend)
     print(
         f"training {config.count_parameters():,} parameters ({config.count_active_parameters():,} active) for "
         f"{wanted.steps:,} steps of {wanted.batch_size * wanted.accumulate} x {wanted.seq_len} tokens, in {directory}",
@@ -111,7 +111,7 @@ def _resumed(options: argparse.Namespace) -> "tuple[Run, Corpus]":
 
     fixed = [
         name
-        for name in (*_OPTIONS, "config", "data", "out", "minutes", "workers", "tokenizer")
+        for name in (*_OPTIONS, "config", "data", "out", "minutes", "workers", "tokenizer", "backend")
         if getattr(options, name) is not None
     ]
     if fixed:
@@ -152,7 +152,7 @@ def _generate(options: argparse.Namespace) -> None:
     from tinymoe.model import Mixtral
     from tinymoe.tokenizer import load_tokenizer
 
-    model = Mixtral.from_pretrained(options.model, mmap=options.mmap)
+    model = Mixtral.from_pretrained(options.model, backend=options.backend, mmap=options.mmap)
     writing.write(
         model,
         load_tokenizer(options.model, model.config.vocab_size),
@@ -176,7 +176,7 @@ def _eval(options: argparse.Namespace) -> None:
 
     directory = Path(options.model)
     is_run = (directory / runs.MANIFEST).is_file()
-    model = Mixtral.from_pretrained(directory, mmap=options.mmap)
+    model = Mixtral.from_pretrained(directory, backend=options.backend, mmap=options.mmap)
     tokenizer = load_tokenizer(directory, model.config.vocab_size)
     if options.files:
         texts = {path: [document.text for document in read_documents(path)] for path in options.files}
@@ -223,7 +223,10 @@ def _plan(options: argparse.Namespace) -> None:
 def _doctor(options: argparse.Namespace) -> None:
     from tinymoe import doctor
 
-    doctor.command(as_json=options.json)
+    if options.kernels:
+        doctor.kernels()
+    else:
+        doctor.command(as_json=options.json)
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -234,6 +237,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 # Arguments.
 
+_BACKENDS = ("reference", "cuda")
 _OPTIONS = {  # of training.Options: help, in the order shown; the defaults stand there
     "steps": (int, "updates of the weights (1500)"),
     "batch_size": (int, "sequences in a batch (16)"),
@@ -274,6 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
     train.add_argument("--minutes", type=_positive, help="as many steps as fit; measured first, then fixed")
     train.add_argument("--workers", type=_count, help="threads that share a batch (one per core)")
+    train.add_argument("--backend", choices=_BACKENDS, help="reference (NumPy) or cuda")
     for name, (kind, text) in _OPTIONS.items():
         train.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
 
@@ -288,12 +293,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--show-routing", action="store_true", help="colour tokens by their first-choice expert")
     generate.add_argument("--layer", type=int, help="whose routing to show (the middle one)")
     generate.add_argument("--mmap", action="store_true", help="leave the weights on disk: for models beyond memory")
+    generate.add_argument("--backend", choices=_BACKENDS, default="reference", help="reference (NumPy) or cuda")
 
     evaluate = add("eval", _eval, "measure a model's loss on text")
     evaluate.add_argument("model", metavar="RUN", help="run or model directory")
     evaluate.add_argument("files", nargs="*", metavar="FILE", help="text files or folders (a run's held-out text)")
     evaluate.add_argument("--seq-len", type=int, help="tokens in a window (as trained, or at most 1024)")
     evaluate.add_argument("--mmap", action="store_true", help="leave the weights on disk: for models beyond memory")
+    evaluate.add_argument("--backend", choices=_BACKENDS, default="reference", help="reference (NumPy) or cuda")
 
     plan = add("plan", _plan, "count parameters, bytes and FLOPs, and say what fits where")
     plan.add_argument("config", metavar="CONFIG", help="preset, config.json or model directory")
@@ -311,6 +318,7 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = add("doctor", _doctor, "say what is here, what it enables, and what fixes each gap")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--kernels", action="store_true", help="compile every kernel for GPUs, show its registers")
     return parser
 
 

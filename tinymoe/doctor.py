@@ -130,6 +130,13 @@ def look_at_compiler() -> str | None:
     return f"{_output([*command, '--version']).splitlines()[0]}, compiles C++17"
 
 
+def look_at_kernels() -> str:
+    """Return where kernels run now, and which rung of the grouped GEMM multiplies what."""
+    from tinymoe.cuda import device
+
+    return f"on {device.current()}; bfloat16 of sizes that 8 divides: 4_tensor_core, all else: 3_register"
+
+
 def look_for_package(name: str) -> Callable[[], str | None]:
     """Return the look for an installed distribution, which is not imported: torch alone takes seconds."""
 
@@ -142,7 +149,7 @@ def look_for_package(name: str) -> Callable[[], str | None]:
     return look
 
 
-CUDA = "the CUDA kernels of a coming release"
+CUDA = "the CUDA kernels: --backend cuda"
 REPORT = "report it: this look should not fail"
 TOKENIZER = "pip install 'tinymoe[tokenizer]'"
 PARITY = "pip install 'tinymoe[parity]'"
@@ -164,7 +171,14 @@ LOOKS: list[tuple[str, str, str, Callable[[], str | None]]] = [
         look_at_compiler,
     ),
     ("CuPy", CUDA, "pip install 'tinymoe[cuda12]', or [cuda13] where nvidia-smi shows CUDA 13", look_at_cupy),
-    ("GPU", CUDA, "nothing now: this release uses none", look_at_gpu),
+    (
+        "NVRTC",
+        "compiling the kernels where there is no GPU: `tinymoe doctor --kernels`",
+        "pip install 'tinymoe[nvrtc]'",
+        look_for_package("cuda-bindings"),
+    ),
+    ("kernels", "what runs them, and the grouped GEMM's rungs", REPORT, look_at_kernels),
+    ("GPU", CUDA, "nothing, if there is none: the kernels run on this CPU, too", look_at_gpu),
 ]
 
 
@@ -197,6 +211,29 @@ def command(as_json: bool = False) -> None:
         from rich.console import Console
 
         Console().print(render(findings))
+
+
+def kernels() -> None:
+    """Compile every kernel that a launcher may ask for, and print the registers and memory that each takes.
+
+    Raises
+    ------
+    InputError
+        NVRTC is not installed.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from tinymoe.cuda import device, nvrtc  # and with the package all its kernels
+
+    table = Table("kernel", "for", "registers", "shared bytes", "stack bytes", "spilled bytes", box=None)
+    for declared in device.ALL:
+        for architecture in nvrtc.ARCHITECTURES:
+            compiled = nvrtc.compile_cubin(declared, architecture)
+            for expression, taken in compiled.resources.items():
+                name = f"{declared.source.stem}: {expression}"
+                table.add_row(name, architecture, *map(str, (taken.registers, taken.shared, taken.stack, taken.spills)))
+    Console().print(table)
 
 
 def _finding(name: str, enables: str, fix: str, look: Callable[[], str | None]) -> Finding:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from tinymoe import __version__, atomic, checkpoint
+from tinymoe import __version__, atomic
 from tinymoe.config import MixtralConfig, read_json_object
 from tinymoe.errors import InputError
 from tinymoe.model import Mixtral
@@ -33,6 +33,7 @@ def create(
     data: dict[str, Any],
     num_workers: int,
     command: str,
+    backend: str = "reference",
 ) -> Run:
     """Make a new run; from its manifest on, written last, it exists and can be resumed.
 
@@ -49,6 +50,7 @@ def create(
         "machine": platform.platform(),
         "command": command,
         "num_workers": num_workers,
+        "backend": backend,
         "options": options,
         "data": data,
     }
@@ -88,6 +90,8 @@ def open_run(directory: Path) -> Run:
     for key in ("num_workers", "options", "data"):
         if key not in manifest:
             raise InputError(f"{directory / MANIFEST} lacks {key!r}: it is damaged, or not of tinymoe train")
+    if manifest.setdefault("backend", "reference") not in ("reference", "cuda"):
+        raise InputError(f"{directory / MANIFEST} has the backend {manifest['backend']!r}; there is reference and cuda")
     return Run(directory, MixtralConfig.from_file(directory / "config.json"), manifest)
 
 
@@ -101,14 +105,13 @@ def save(run: Run, model: Mixtral, optimizer: AdamW) -> None:
     InputError
         The directory cannot be written; the last save remains.
     """
-    arrays = {f"param.{name}": p for name, p in model.params.items()}
-    arrays |= {f"m.{name}": m for name, m in optimizer.m.items()}
-    arrays |= {f"v.{name}": v for name, v in optimizer.v.items()}
+    state = {"param": model.params, "m": optimizer.m, "v": optimizer.v}
+    arrays = {f"{kind}.{name}": model.host(array) for kind, of in state.items() for name, array in of.items()}
     try:
         atomic.write_tensors(run.directory / STATE, arrays, {"step": str(optimizer.steps)})
     except OSError as error:
         raise InputError(f"cannot write to {run.directory}: {error.strerror or error}") from None
-    checkpoint.save(run.directory, model.params, run.config)
+    model.save_pretrained(run.directory)
 
 
 def restore(run: Run, model: Mixtral, optimizer: AdamW) -> None:
@@ -130,7 +133,7 @@ def restore(run: Run, model: Mixtral, optimizer: AdamW) -> None:
                     stored = file.get_tensor(f"{kind}.{name}")
                     if stored.shape != array.shape:
                         raise ValueError(f"{kind}.{name} has shape {stored.shape}; the config asks for {array.shape}")
-                    array[...] = stored
+                    array[...] = model.place(stored)
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"{path} cannot be resumed from: {str(error).splitlines()[0]}") from None
     optimizer.steps = steps

@@ -139,10 +139,12 @@ def sample_windows(documents: Mapping[str, list[Array]], seq_len: int, most: int
     return [(np.stack([x for x, _ in batch]), np.stack([y for _, y in batch])) for batch in batches]
 
 
-def steps_within(seconds: float, config: MixtralConfig, tokens: Array, options: Options) -> int:
+def steps_within(
+    seconds: float, config: MixtralConfig, tokens: Array, options: Options, backend: str = "reference"
+) -> int:
     """Return how many steps fit into a time, from the median of a few seconds of trial steps on another model."""
-    model = Mixtral.init(config, options.seed)
-    optimizer = AdamW(model.params)
+    model = Mixtral.init(config, options.seed, backend)
+    optimizer = model.ops.AdamW(model.params)
     batches = Batches(tokens, options.batch_size, options.seq_len, options.seed)
     times: list[float] = []
     begin = time.perf_counter()
@@ -189,8 +191,10 @@ def train(
         The training diverged, the text is too short, or the directory cannot be written.
     """
     options = Options.from_manifest(run.manifest["options"])
-    model = Mixtral.init(run.config, options.seed, num_workers=run.manifest["num_workers"])
-    optimizer = AdamW(model.params, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay)
+    workers, backend = run.manifest["num_workers"], run.manifest["backend"]
+    model = Mixtral.init(run.config, options.seed, backend, num_workers=workers)
+    betas = options.beta1, options.beta2
+    optimizer = model.ops.AdamW(model.params, betas=betas, weight_decay=options.weight_decay)
     runs.restore(run, model, optimizer)
     batches = Batches(tokens, options.batch_size, options.seq_len, options.seed)
     windows = sample_windows(held_out, options.seq_len)

@@ -255,8 +255,8 @@ def _check(expression: str, argument: Any, parameter: Parameter) -> None:
 
 
 def _check_number(what: str, number: Any, dtype: np.dtype) -> None:
-    kind: type = numbers.Real if dtype.kind == "f" else numbers.Integral
-    if not isinstance(number, kind):
+    is_one = isinstance(number, numbers.Real if dtype.kind == "f" else numbers.Integral)
+    if not is_one:
         raise TypeError(f"{what} must be a number that fits {dtype}, got {type(number)}")
     if dtype.kind != "f" and not np.iinfo(dtype).min <= number <= np.iinfo(dtype).max:
         raise TypeError(f"{what} must fit {dtype}, got {number}")

@@ -182,6 +182,6 @@ rmsnorm(device.zeros((1, 1), "float32"), device.zeros(1, "float32"), 1e-5)
         check=False,
     )
     assert done.stderr.splitlines()[-1] == (
-        f"{InputError.__module__}.InputError: running CUDA kernels on this CPU needs a C++17 compiler (apt install g++, "
-        "or set CXX); on an NVIDIA GPU it needs CuPy (pip install 'tinymoe[cuda13]')"
+        f"{InputError.__module__}.InputError: running CUDA kernels on this CPU needs a C++17 compiler (apt install g++,"
+        " or set CXX); on an NVIDIA GPU it needs CuPy (pip install 'tinymoe[cuda13]')"
     )
