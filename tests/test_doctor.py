@@ -65,7 +65,7 @@ def test_absent_cupy_names_the_command_that_brings_it(monkeypatch):
     absent = finding("CuPy")
     assert absent.found is None
     assert "pip install 'tinymoe[cuda12]'" in absent.fix
-    assert "coming release" in absent.enables
+    assert "--backend cuda" in absent.enables
 
 
 @pytest.mark.parametrize(
@@ -175,3 +175,21 @@ def test_doctor_speaks_even_where_numpy_and_threadpoolctl_are_broken():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "pip install --force-reinstall numpy" in done.stdout
+
+
+def test_kernels_are_shown_with_their_registers(capsys, monkeypatch):
+    pytest.importorskip("cuda.bindings")
+    from tinymoe.cuda import device
+
+    monkeypatch.setattr(device, "ALL", [kernels for kernels in device.ALL if kernels.source.stem == "rmsnorm"])
+    doctor.kernels()
+    shown = capsys.readouterr().out
+    for architecture in ("sm_80", "sm_90", "sm_90a"):
+        assert architecture in shown
+    assert "rmsnorm_forward<bfloat16>" in shown
+
+
+def test_kernels_say_where_they_run_and_which_rung_multiplies():
+    found = finding("kernels").found
+    assert "emulated" in found or "gpu" in found or "checked" in found
+    assert "4_tensor_core" in found

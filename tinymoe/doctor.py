@@ -221,19 +221,16 @@ def kernels() -> None:
     InputError
         NVRTC is not installed.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from tinymoe.cuda import device, nvrtc  # and with the package all its kernels
 
-    table = Table("kernel", "for", "registers", "shared bytes", "stack bytes", "spilled bytes", box=None)
+    print(f"{'kernel':<62} {'for':<7} {'registers':>9} {'shared':>7} {'stack':>6} {'spilled':>8}   bytes")
     for declared in device.ALL:
         for architecture in nvrtc.ARCHITECTURES:
             compiled = nvrtc.compile_cubin(declared, architecture)
             for expression, taken in compiled.resources.items():
                 name = f"{declared.source.stem}: {expression}"
-                table.add_row(name, architecture, *map(str, (taken.registers, taken.shared, taken.stack, taken.spills)))
-    Console().print(table)
+                sizes = f"{taken.registers:>9} {taken.shared:>7} {taken.stack:>6} {taken.spills:>8}"
+                print(f"{name:<62} {architecture:<7} {sizes}", flush=True)
 
 
 def _finding(name: str, enables: str, fix: str, look: Callable[[], str | None]) -> Finding:
