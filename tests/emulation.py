@@ -43,13 +43,14 @@ def doubles(array):
     return device.host(array).astype(np.float64)
 
 
-def assert_equivalent(found, expected, floor=0.1):
+def assert_equivalent(found, expected, floor=0.1, components=1):
     """Compare a result of the device with the reference's, as closely as its dtype allows.
 
-    ``floor`` is the norm of what the result is a small difference of.
+    ``floor`` is the norm of what the result is a small difference of. Of several components in a row each rounds what
+    it hands on.
     """
     host = device.host(found)
-    assert_close(host.astype(np.float64), expected, TOLERANCE[host.dtype.name], floor)
+    assert_close(host.astype(np.float64), expected, components * TOLERANCE[host.dtype.name], floor)
 
 
 def assert_same_bits(first, second):

@@ -66,9 +66,9 @@ def test_experts_and_every_gradient_equal_the_reference(where, routed, D, F, dty
         out, saved = gathered_ffn(x, rows, *weights, offsets)
         grads = expert_ffn_backward(dout, saved)
         expected, expected_saved = reference.expert_ffn(x64[plan.tokens], *weights64, plan.offsets)
-        assert_equivalent(out, expected, floor=1.0)
+        assert_equivalent(out, expected, floor=2 * np.linalg.norm(x64))
         for found, wanted in zip(grads, reference.expert_ffn_backward(dout64, expected_saved), strict=True):
-            assert_equivalent(found, wanted, floor=np.linalg.norm(dout64))  # its terms may cancel
+            assert_equivalent(found, wanted, floor=2 * np.linalg.norm(dout64))  # its terms may cancel
         for e in range(E):
             if plan.offsets[e] == plan.offsets[e + 1]:
                 assert not any(device.host(grad)[e].any() for grad in grads[1:])
@@ -86,8 +86,8 @@ def test_dense_feed_forward_equals_the_reference(where, S, D, F, dtype, order, r
         (x, *weights, dout), (x64, *weights64, dout64) = on_device(*arrays, dtype=dtype)
         out, saved = ffn(x, *weights)
         expected, expected_saved = reference.ffn(x64, *weights64)
-        assert_equivalent(out, expected, floor=1.0)
+        assert_equivalent(out, expected, floor=2 * np.linalg.norm(x64))
         for found, wanted in zip(
             ffn_backward(dout, saved), reference.ffn_backward(dout64, expected_saved), strict=True
         ):
-            assert_equivalent(found, wanted, floor=np.linalg.norm(dout64))  # its terms may cancel
+            assert_equivalent(found, wanted, floor=2 * np.linalg.norm(dout64))  # its terms may cancel

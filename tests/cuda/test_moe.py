@@ -25,10 +25,11 @@ def test_forward_and_every_gradient_equal_the_reference(where, inputs, dtype, or
         expected, expected_saved = reference.moe(*doubles, top_k)
         np.testing.assert_array_equal(device.host(saved.routing.experts), expected_saved.routing.experts)
         np.testing.assert_array_equal(expected_saved.routing.experts, experts)
-        assert_equivalent(y, expected, floor=1.0)
-        terms = np.linalg.norm(dy64) + np.linalg.norm(dlogits64)  # what a gradient adds up, and may cancel
+        # What the experts and their gradients add up is of the size of what goes in, and may cancel.
+        assert_equivalent(y, expected, floor=2 * np.linalg.norm(doubles[0]), components=3)
+        terms = 2 * (np.linalg.norm(dy64) + np.linalg.norm(dlogits64))
         for found, wanted in zip(grads, reference.moe_backward(dy64, dlogits64, expected_saved), strict=True):
-            assert_equivalent(found, wanted, floor=terms)
+            assert_equivalent(found, wanted, floor=terms, components=3)
         assert_same_bits(moe_backward(dy, dlogits, saved), grads)
         assert device.host(saved.routing.not_finite)[0] == 0
         one, decoded = moe_decode(device.array(device.host(there[0])[:1]), *there[1:], top_k)
