@@ -23,6 +23,7 @@ def test_equals_the_reference(where, N, D, eps, dtype, order, rng):
         expected, expected_saved = reference.rmsnorm(x64, weight64, eps)
         dx, dweight = reference.rmsnorm_backward(dy64, expected_saved)
         assert_equivalent(y, expected)
+        # With one column x̂ is ±1 but for eps: what is left of dx is a small difference of large numbers.
         assert_equivalent(grads[0], dx, floor=np.linalg.norm(dy64 * weight64 * expected_saved.inverse_rms))
-        assert_equivalent(grads[1], dweight)
+        assert_equivalent(grads[1], dweight, floor=np.linalg.norm(dy64))
         assert_same_bits(rmsnorm_backward(dy, saved), grads)
