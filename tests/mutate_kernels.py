@@ -34,6 +34,9 @@ MUTATIONS = [
 
 # (file, line without spaces) → why the mutant computes the same.
 EQUIVALENT: dict[tuple[str, str], str] = {
+    ("attention.cu", "for(ints=begin_key;s<end_key;s+=TILE){"): "one more tile, hidden or of zeros",
+    ("attention.cu", "for(intt=begin_query;t<end_query;t+=TILE){"): "one more tile, hidden or of zeros",
+    ("attention.cu", "for(ints=split*split_keys;s<end_key;s+=TILE){"): "one more tile, hidden or of zeros",
     ("2_tiled.cu", "for(inti=0;i<inner;i+=TILE){"): "one more tile, of zeros",
     ("2_tiled.cu", "for(intslot=offsets[e]+ty;slot-ty<end;slot+=TILE){"): "one more tile, of zeros",
     ("4_tensor_core.cu", "if(i*DEPTH<inner){"): "one more tile of nothing but zeros is copied, and never multiplied",
