@@ -26,6 +26,7 @@ MUTATIONS = [
     ("no barrier", r"__sync(?:threads|warp)\(\);", ""),
     ("no wait", r"wait_for_copies<[^>]*>\(\);", ""),
     ("no atomic", r"atomic(?:Add)\((?P<to>&?[\w\[\]. +*/%()-]+?), (?P<by>[^;]+)\);", r"*(\g<to>) += \g<by>;"),
+    ("no atomic", r"atomicOr\((?P<to>[\w&\[\]]+), (?P<by>[^;]+)\);", r"*(\g<to>) |= \g<by>;"),
     ("bound + 1", r"(?<= )<(?= )", "<="),
     ("bound - 1", r"(?<= )<=(?= )", "<"),
     ("bound + 1", r"(?<= )>=(?= )", ">"),

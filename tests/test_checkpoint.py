@@ -302,7 +302,8 @@ def test_index_with_the_wrong_shard_names_tensor_and_shard(sharded_dir):
 @pytest.mark.parametrize("weight_map", [None, [], 3, {NORM: None}, {NORM: 3}, {NORM: ["x"]}, {}])
 def test_index_that_is_no_map_to_files_is_refused(sharded_dir, weight_map):
     edit_json(sharded_dir / "model.safetensors.index.json", lambda index: index.update(weight_map=weight_map))
-    refusal(sharded_dir)
+    says = str(sharded_dir / "model.safetensors.index.json") if weight_map != {} else "is missing from the checkpoint"
+    assert says in refusal(sharded_dir)
 
 
 def test_shard_that_the_index_does_not_name_is_not_read(sharded_dir):
@@ -325,8 +326,9 @@ def test_pickled_weights_are_refused_with_the_reason(model_dir, file, with_confi
 
 
 def test_pickled_weights_beside_safetensors_are_left_alone(model_dir):
+    before = use(model_dir)[0].params
     (model_dir / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
-    use(model_dir)
+    assert_same(use(model_dir)[0].params, before)
 
 
 def test_directory_that_does_not_exist_is_named(tmp_path):

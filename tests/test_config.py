@@ -238,7 +238,7 @@ def test_file_that_is_not_there_is_refused(tmp_path):
 
 
 def test_name_that_no_file_can_have_is_refused():
-    refusal(load_config, "x" * 5000)
+    assert "xxx" in refusal(load_config, "x" * 5000)
 
 
 def test_a_files_refusal_names_the_file(tmp_path):
@@ -332,7 +332,7 @@ def test_params_json_with_anything_in_it_is_read_or_refused(key, value):
 @pytest.mark.parametrize("value", [10**5000, "x" * 1000, ["x"] * 1000], ids=["digits", "text", "list"])
 @pytest.mark.parametrize("key", ["model_type", "hidden_act", "rope_parameters"])
 def test_what_is_refused_is_not_repeated_at_length(key, value):
-    refusal(MixtralConfig.from_hf, RELEASED_8X7B | {key: value})
+    assert refusal(MixtralConfig.from_hf, RELEASED_8X7B | {key: value}).count("x") < 200  # and one short line
 
 
 @pytest.mark.parametrize("key", [key for key in PARAMS_8X7B if key != "moe"])

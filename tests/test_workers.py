@@ -22,7 +22,7 @@ def test_results_come_in_the_order_of_the_arguments(number):
 
 def test_calls_run_side_by_side():
     barrier = threading.Barrier(3, timeout=30)  # broken unless three wait at once
-    workers.run(lambda _: barrier.wait(), range(3), workers=3)
+    assert sorted(workers.run(lambda _: barrier.wait(), range(3), workers=3)) == [0, 1, 2]
 
 
 def test_one_worker_is_the_calling_thread():

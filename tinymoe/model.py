@@ -232,29 +232,30 @@ class Mixtral:
         positions = np.concatenate([np.arange(c.length, c.length + len(s)) for s, c in zip(sequences, caches)])
 
         def attend(layer: int, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            o = q.copy()
+            outs = []
             for part, cache in zip(rows, caches):
                 keys, values = cache.update(layer, k[:, part], v[:, part])
                 queries, keys, values = self.place(q[:, part]), self.place(keys), self.place(values)
                 if part.stop - part.start == 1:
-                    o[:, part] = self.ops.attention_decode(queries, keys, values)
+                    outs.append(self.ops.attention_decode(queries, keys, values))
                 else:
-                    o[:, part], _ = self.ops.attention(queries, keys, values, self.config.sliding_window)
-            return self.place(o), None
+                    outs.append(self.ops.attention(queries, keys, values, self.config.sliding_window)[0])
+            return outs[0] if len(outs) == 1 else np.concatenate(outs, axis=1), None
 
         x, _ = self.ops.embedding(self._ids(packed), self.params["tok_embeddings"])  # (N, D)
         rotation = self._rotation(positions)
         moe = self.ops.moe_decode if len(positions) == 1 else self.ops.moe
-        experts = []
+        blocks = []
         for layer in range(self.config.n_layers):
             x, saved = self._block(layer, x, (1, len(positions)), rotation, partial(attend, layer), moe)
-            if self.config.num_experts:
-                self._check_finite(layer, saved)
-                experts.append(self.host(saved.ffn.routing.experts))
+            blocks.append(saved)
         for tokens, cache in zip(sequences, caches):
             cache.advance(len(tokens))
         x, _ = self.ops.rmsnorm(x[self.place(ends - 1)], self.params["norm"], self.config.norm_eps)
-        return self.host(self.ops.linear(x, self._head())[0]), experts
+        logits = self.host(self.ops.linear(x, self._head())[0])  # the first that a device is waited for
+        for layer, saved in enumerate(blocks):
+            self._check_finite(layer, saved)
+        return logits, [self.host(saved.ffn.routing.experts) for saved in blocks] if self.config.num_experts else []
 
     def router_logits(self, tokens: Array) -> list[Array]:
         """Return the router's logits (N, E) of tokens (B, T), layer by layer; nothing for a dense model."""

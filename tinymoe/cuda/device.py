@@ -21,7 +21,8 @@ from tinymoe.errors import InputError
 KERNELS = Path(__file__).parent / "kernels"
 DEVICES = ("gpu", "emulated", "checked")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-ALIGNMENT = 256  # bytes, of every array, as CuPy's allocator gives: what vector loads and TMA may rely on
+ALIGNMENT = 256  # bytes, of every array made here, as CuPy's allocator gives
+VECTOR = 16  # bytes of the widest load: what a kernel may rely on
 
 _chosen: str | None = None
 
@@ -248,8 +249,8 @@ def _check(expression: str, argument: Any, parameter: Parameter) -> None:
     if not argument.flags.c_contiguous:
         raise TypeError(f"{what} must be contiguous")
     address = argument.ctypes.data if isinstance(argument, np.ndarray) else argument.data.ptr
-    if argument.size and address % min(16, ALIGNMENT):
-        raise TypeError(f"{what} must be aligned to 16 bytes: make it with device.array or device.empty")
+    if argument.size and address % VECTOR:
+        raise TypeError(f"{what} must be aligned to {VECTOR} bytes: make it with device.array or device.empty")
     if isinstance(argument, np.ndarray) and not parameter.is_const and not argument.flags.writeable:
         raise TypeError(f"{what} is written by the kernel, but the array is read-only")
 

@@ -95,6 +95,8 @@ class AdamW:
         workers: int | None = None,
     ):
         for name, p in params.items():
+            if p.dtype not in (np.float32, np.float64):
+                raise ValueError(f"{name} is {p.dtype}: tinymoe.cuda.AdamW updates it, with a float32 master copy")
             if not (p.flags.c_contiguous and p.flags.writeable):
                 raise ValueError(f"{name} must be a contiguous, writeable array: it is updated in place")
         self.params = params

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,17 +24,18 @@ KERNEL_FLAGS = {  # of the two builds
 }
 
 
-def compiler() -> str:
-    """Return the path of the C++ compiler: $CXX, or the first of g++ and clang++.
+def compiler() -> list[str]:
+    """Return the command of the C++ compiler: $CXX, which may have options, or the first of g++ and clang++.
 
     Raises
     ------
     InputError
         There is none.
     """
-    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]:
-        if path := shutil.which(name):
-            return path
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for command in [chosen] if chosen else [["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
     raise InputError(
         "running CUDA kernels on this CPU needs a C++17 compiler (apt install g++, or set CXX); on an NVIDIA GPU it "
         "needs CuPy (pip install 'tinymoe[cuda13]')"
@@ -73,7 +75,7 @@ def _built(name: str, sources: list[Path], flags: list[str], link: list[str], te
     """Return the library built of ``text`` if given, else of the sources; its name tells all that it depends on."""
     if "clang" not in _version():
         flags = ["-fno-gnu-unique", *flags]
-    command = [compiler(), *FLAGS, *flags, f"-I{INCLUDE}", f"-I{HERE}"]
+    command = [*compiler(), *FLAGS, *flags, f"-I{INCLUDE}", f"-I{HERE}"]
     digest = hashlib.sha256(repr((_version(), command, link, text)).encode())
     for path in sorted([*sources, *HERE.glob("*.h"), *INCLUDE.glob("*.h")]):
         digest.update(path.name.encode() + path.read_bytes())
@@ -85,7 +87,7 @@ def _built(name: str, sources: list[Path], flags: list[str], link: list[str], te
         if text:
             unit.write_text(text)
             _run([*command, "-c", str(unit), "-o", str(compiled)])
-            _run([compiler(), str(compiled), *link, "-o", str(partial)])
+            _run([*compiler(), str(compiled), *link, "-o", str(partial)])
         else:
             _run([*command, *map(str, sources), *link, "-o", str(partial)])
         os.replace(partial, target)  # others may build the same: whoever renames last wins, all alike
@@ -102,7 +104,7 @@ def cache() -> Path:
 
 @functools.cache
 def _version() -> str:
-    return subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def _run(command: list[str]) -> None:

@@ -6,29 +6,20 @@
 // 32 FLOPs per byte of float32; shared memory 8 FLOPs per byte. Rows of a thread are 16 apart, columns too, so that
 // neighbouring threads read neighbouring words of shared memory and write neighbouring words of y.
 // Loads take 4 elements along the contiguous dimension (16 bytes of float32) where the matrix allows it.
+#include "pack.h"
 #include "prelude.h"
 #include "ragged.h"
 
 constexpr int TILE = 128, DEPTH = 8, EACH = 8, SIDE = TILE / EACH, THREADS = SIDE * SIDE;
 constexpr int VECTOR = 4;  // elements of a load; TILE * DEPTH / VECTOR loads are one for each thread
 
-struct alignas(16) FourFloats {
-    float values[VECTOR];
-};
-struct alignas(8) FourHalves {
-    bfloat16 values[VECTOR];
-};
-
 // Load up to 4 neighbours: those below `count` (which may be 0 or less), zeros beyond.
-__device__ __forceinline__ void load(const float *p, int count, bool aligned, float (&to)[VECTOR]) {
-    FourFloats four;
-    if (aligned && count >= VECTOR) four = *reinterpret_cast<const FourFloats *>(p);
-    for (int j = 0; j < VECTOR; j++) to[j] = aligned && count >= VECTOR ? four.values[j] : j < count ? p[j] : 0;
-}
-__device__ __forceinline__ void load(const bfloat16 *p, int count, bool aligned, float (&to)[VECTOR]) {
-    FourHalves four;
-    if (aligned && count >= VECTOR) four = *reinterpret_cast<const FourHalves *>(p);
-    for (int j = 0; j < VECTOR; j++) to[j] = aligned && count >= VECTOR ? to_float(four.values[j]) : j < count ? to_float(p[j]) : 0;
+template <class T>
+__device__ __forceinline__ void load(const T *p, int count, bool aligned, float (&to)[VECTOR]) {
+    const bool whole = aligned && count >= VECTOR;
+    Pack<T, VECTOR> four;
+    if (whole) four = load_pack<VECTOR>(p);
+    for (int j = 0; j < VECTOR; j++) to[j] = whole ? to_float(four.values[j]) : j < count ? to_float(p[j]) : 0;
 }
 
 struct Tiles {
