@@ -71,7 +71,7 @@ def test_empty_is_aligned_and_shows_that_it_is_not_set(where, dtype, shape):
     assert values.shape == zeros.shape == ((shape,) if isinstance(shape, int) else shape)
     assert values.dtype == zeros.dtype == dtype
     assert values.ctypes.data % device.ALIGNMENT == 0 or not values.size
-    assert (values == -1).all() if dtype == np.int32 else np.isnan(values.astype(np.float32)).all()
+    assert (values == 0x55555555).all() if dtype == np.int32 else np.isnan(values.astype(np.float32)).all()
     assert not zeros.any()
 
 

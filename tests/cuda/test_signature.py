@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tinymoe.cuda.device import BFLOAT16
-from tinymoe.cuda.signature import Parameter, signature
+from tinymoe.cuda.signature import TILE_MAP, Parameter, signature
 
 SOURCE = """
 template <int ROWS> constexpr int threads() { return 32 * ROWS; }
@@ -30,6 +30,7 @@ __global__ __launch_bounds__(2 * (128 + 32)) void first(T *x, Sum *sum) {}
 template <class Tile, class T>
 __global__ void tiled(const T *x) {}
 
+__global__ void cut(const __grid_constant__ TileMap a, float *c) {}
 __global__ void nothing() {}
 __global__ void doubles(const double *x) {}
 """
@@ -44,6 +45,10 @@ def test_plain_parameters():
         Parameter("n", INT, is_array=False, is_const=False),
     ]
     assert signature(SOURCE, "nothing") == []
+
+
+def test_map_of_tiles():
+    assert signature(SOURCE, "cut")[0] == Parameter("a", TILE_MAP, is_array=False, is_const=True)
 
 
 @pytest.mark.parametrize(("T", "dtype"), [("float", FLOAT), ("bfloat16", BFLOAT16)])

@@ -7,7 +7,8 @@ NumPy's under the emulator and CuPy's on a GPU.
 import functools
 import numbers
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tinymoe.cuda.signature import Parameter, signature
+from tinymoe.cuda.signature import TILE_MAP, Parameter, signature
+from tinymoe.cuda.tile_map import TileMap, encoded
 from tinymoe.errors import InputError
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -23,6 +25,8 @@ DEVICES = ("gpu", "emulated", "checked")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ALIGNMENT = 256  # bytes, of every array made here, as CuPy's allocator gives
 VECTOR = 16  # bytes of the widest load: what a kernel may rely on
+UNSET_FLOAT = 0xFF  # each byte of a float that nobody has set: NaN
+UNSET_INTEGER = 0x55  # and of an integer: positive, since kernels take any negative index for none
 
 _chosen: str | None = None
 
@@ -84,7 +88,11 @@ def gpu_is_there() -> bool:
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any) -> Any:
-    """Return an array of the device whose values are not set; the emulator makes them NaN, so that using one shows."""
+    """Return an array of the device whose values are not set.
+
+    The emulator sets them so that using one shows: floats to NaN, integers to 1431655765, far out of bounds as an
+    index, and not −1, which in a plan means something.
+    """
     if current() == "gpu":
         import cupy
 
@@ -93,7 +101,7 @@ def empty(shape: int | tuple[int, ...], dtype: Any) -> Any:
     bytes_ = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = np.empty(bytes_ + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
-    memory[start : start + bytes_] = 0xFF
+    memory[start : start + bytes_] = UNSET_INTEGER if dtype.kind in "iu" else UNSET_FLOAT
     return memory[start : start + bytes_].view(dtype).reshape(shape)
 
 
@@ -121,6 +129,44 @@ def array(values: Any, dtype: Any = None) -> Any:
 def host(values: Any) -> np.ndarray:
     """Return an array of the device, or a number, as a NumPy array."""
     return values.get() if hasattr(values, "get") else np.asarray(values)
+
+
+def free() -> None:
+    """Give memory that is held for the next arrays back to the device, which only a GPU's allocator does hold."""
+    if current() == "gpu":
+        from tinymoe.cuda import gpu
+
+        gpu.free()
+
+
+# ---- time
+
+
+def seconds(run: Callable[[], Any], ahead: Callable[[], Any]) -> tuple[float, bool]:
+    """Time what ``run`` launches.
+
+    Parameters
+    ----------
+    run
+        Launches kernels, and waits for none.
+    ahead
+        Launches what a GPU has to do before, for long enough that the host has queued all of ``run`` when it ends: the
+        kernels then follow one another without gaps. The emulator, whose launches return when done, leaves it out.
+
+    Returns
+    -------
+    seconds
+        On a GPU between two events around the launches.
+    waited
+        Whether the device may have waited for the host, so that the host's time is in it.
+    """
+    if current() == "gpu":
+        from tinymoe.cuda import gpu
+
+        return gpu.seconds(run, ahead)
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began, False
 
 
 # ---- kernels
@@ -237,6 +283,10 @@ def _three(size: int | tuple[int, ...]) -> tuple[int, int, int]:
 
 def _check(expression: str, argument: Any, parameter: Parameter) -> None:
     what = f"{expression}: {parameter.name}"
+    if parameter.dtype == TILE_MAP:
+        if not isinstance(argument, TileMap):
+            raise TypeError(f"{what} must be a map made with tile_map, got {type(argument)}")
+        return
     if not parameter.is_array:
         _check_number(what, argument, parameter.dtype)
         return
@@ -264,16 +314,22 @@ def _check_number(what: str, number: Any, dtype: np.dtype) -> None:
 
 
 def _for_emulator(argument: Any, parameter: Parameter) -> Any:
-    from tinymoe.cuda.emulator import Array
+    from tinymoe.cuda import emulator
 
+    if isinstance(argument, TileMap):
+        matrix = emulator.Array(argument.matrix.ctypes.data, argument.matrix.nbytes, False, parameter.name)
+        rows, columns = argument.matrix.shape
+        return emulator.TileMap(matrix, rows, columns, argument.box_rows, argument.box_columns)
     if not parameter.is_array:
         return np.asarray(argument).astype(parameter.dtype).tobytes()
     if argument is None:
-        return Array(0, 0, False, parameter.name)
-    return Array(argument.ctypes.data, argument.nbytes, not parameter.is_const, parameter.name)
+        return emulator.Array(0, 0, False, parameter.name)
+    return emulator.Array(argument.ctypes.data, argument.nbytes, not parameter.is_const, parameter.name)
 
 
 def _for_gpu(argument: Any, parameter: Parameter) -> Any:
+    if isinstance(argument, TileMap):
+        return encoded(argument)
     if parameter.is_array:
         return argument if argument is not None else np.uintp(0)
     return np.asarray(argument).astype(parameter.dtype)[()]

@@ -6,12 +6,14 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+TILE_MAP = np.dtype("V128")  # of hopper.h's TileMap, which is passed by value
 DTYPES = {
     "float": np.dtype("float32"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "int": np.dtype("int32"),
     "unsigned": np.dtype("uint32"),
     "int64_t": np.dtype("int64"),
+    "TileMap": TILE_MAP,
 }
 
 
@@ -55,7 +57,7 @@ def signature(source: str, expression: str) -> list[Parameter]:
 
 
 def _parameter(text: str, types: dict[str, str]) -> Parameter:
-    found = re.fullmatch(r"\s*(const\s+)?(\w+)\s*(\*)?\s*(?:__restrict__\s*)?(\w+)\s*", text)
+    found = re.fullmatch(r"\s*(const\s+)?(?:__grid_constant__\s+)?(\w+)\s*(\*)?\s*(?:__restrict__\s*)?(\w+)\s*", text)
     if not found or types.get(found[2], found[2]) not in DTYPES:
         raise ValueError(
             f"the parameter {text.strip()!r} is none that a launch can fill; types are {', '.join(DTYPES)}"

@@ -7,9 +7,12 @@ How it works, and where to read it:
   thread until it waits at a barrier or a warp instruction;
 * in the checked build the compiler puts a call before every load and store, and the checker (``checker.cpp``) finds
   accesses out of bounds, races, and reads of shared memory that nobody wrote;
-* asynchronous copies (``asynchronous.cpp``) happen as late as is legal, as early, or at random.
+* asynchronous copies (``asynchronous.cpp``), Hopper's tiles and its products (``hopper.cpp``) happen as late as is
+  legal, as early, or at random.
 
-What it does not show: time, occupancy, coalescing, bank conflicts, and the reorderings of a weak memory model.
+What it does not show: time, occupancy, coalescing, bank conflicts, and the reorderings of a weak memory model. Blocks
+run one after the other: a block that spins until another has done something never ends, and whatever two blocks pass
+each other in one launch, fences and atomics or not, is a race to the checker.
 """
 
 import contextlib
@@ -18,7 +21,7 @@ import functools
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tinymoe.cuda.emulator import compiler
 
@@ -32,7 +35,7 @@ class KernelError(RuntimeError):
     ----------
     kind
         ``out of bounds``, ``race``, ``uninitialised``, ``read-only``, ``divergence``, ``deadlock``, ``in flight``,
-        ``misaligned``, ``timeout`` or ``launch``.
+        ``unfenced``, ``mbarrier``, ``misaligned``, ``timeout`` or ``launch``.
     kernel
         The instantiation.
     file, line
@@ -92,6 +95,19 @@ class Array(NamedTuple):
     name: str
 
 
+class TileMap(NamedTuple):
+    """A matrix of 16-bit elements, and the box that the copy engine cuts of it."""
+
+    array: Array
+    rows: int
+    columns: int
+    box_rows: int
+    box_columns: int
+
+
+Argument = Array | TileMap | bytes
+
+
 class Library:
     """Instantiations of one source's kernels.
 
@@ -120,10 +136,10 @@ class Library:
         expression: str,
         grid: tuple[int, int, int],
         block: tuple[int, int, int],
-        arguments: Sequence[Array | bytes],
+        arguments: Sequence[Argument],
         shared: int = 0,
     ) -> None:
-        """Run a kernel over a grid; arguments are arrays, and the bytes of scalars.
+        """Run a kernel over a grid; arguments are arrays, maps of arrays, and the bytes of scalars.
 
         Raises
         ------
@@ -138,16 +154,13 @@ class Library:
         expression: str,
         grid: tuple[int, int, int],
         block: tuple[int, int, int],
-        arguments: Sequence[Array | bytes],
+        arguments: Sequence[Argument],
         shared: int,
     ) -> None:
         kernel = getattr(self._library, f"kernel_{self.expressions.index(expression)}")
-        values = [
-            ctypes.c_void_p(argument.address) if isinstance(argument, Array) else ctypes.create_string_buffer(argument)
-            for argument in arguments
-        ]
+        values = [_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * max(1, len(values)))(*map(ctypes.addressof, values))
-        arrays = [_Buffer(a.address, a.bytes, a.writable, a.name.encode()) for a in arguments if isinstance(a, Array)]
+        arrays = [_Buffer(a.address, a.bytes, a.writable, a.name.encode()) for a in _arrays(arguments)]
         buffers = (_Buffer * max(1, len(arrays)))(*arrays)
         order, seed, preempt, seconds = _schedule
         options = _Options(ORDERS.index(order), seed, preempt, self.checked, seconds)
@@ -174,14 +187,31 @@ class Library:
         )
 
 
+def _arrays(arguments: Sequence[Argument]) -> list[Array]:
+    return [a.array if isinstance(a, TileMap) else a for a in arguments if not isinstance(a, bytes)]
+
+
+def _value(argument: Argument) -> Any:
+    """Return what lies at the place that the kernel takes an argument from."""
+    if isinstance(argument, bytes):
+        return ctypes.create_string_buffer(argument)
+    if isinstance(argument, Array):
+        return ctypes.c_void_p(argument.address)
+    memory = ctypes.create_string_buffer(2 * ctypes.sizeof(_TileMap))
+    aligned = _TileMap.from_buffer(memory, -ctypes.addressof(memory) % 64)
+    aligned.begin, aligned.sizes[:] = argument.array.address, argument[1:]
+    aligned.pitch = 2 * argument.columns
+    return aligned
+
+
 @contextlib.contextmanager
-def _apart(arguments: Sequence[Array | bytes]) -> Iterator[list[Array | bytes]]:
+def _apart(arguments: Sequence[Argument]) -> Iterator[list[Argument]]:
     """Yield the arguments with copies of the arrays, written back in the end.
 
     Views of one buffer lie side by side, so that a step beyond one is in another; the copies have room between them.
     Those that overlap still do.
     """
-    arrays = sorted(a for a in arguments if isinstance(a, Array) and a.bytes)
+    arrays = sorted(a for a in _arrays(arguments) if a.bytes)
     spans: list[list[int]] = []  # first address and end of memory that arrays share
     for a in arrays:
         if not spans or a.address >= spans[-1][1]:
@@ -194,7 +224,15 @@ def _apart(arguments: Sequence[Array | bytes]) -> Iterator[list[Array | bytes]]:
         copy = start + (begin - start) % _ROOM + _ROOM  # aligned as the original
         ctypes.memmove(copy, begin, end - begin)
         shift.update({a.address: copy - begin for a in arrays if begin <= a.address < end})
-    yield [a._replace(address=a.address + shift.get(a.address, 0)) if isinstance(a, Array) else a for a in arguments]
+
+    def moved(argument: Any) -> Any:
+        if isinstance(argument, TileMap):
+            return argument._replace(array=moved(argument.array))
+        if isinstance(argument, Array):
+            return argument._replace(address=argument.address + shift.get(argument.address, 0))
+        return argument
+
+    yield [moved(argument) for argument in arguments]
     for a in arrays:
         if a.writable:
             ctypes.memmove(a.address, a.address + shift[a.address], a.bytes)
@@ -210,6 +248,15 @@ class _Buffer(ctypes.Structure):
         ("bytes", ctypes.c_size_t),
         ("writable", ctypes.c_int),
         ("name", ctypes.c_char_p),
+    ]
+
+
+class _TileMap(ctypes.Structure):
+    _fields_ = [
+        ("begin", ctypes.c_void_p),
+        ("pitch", ctypes.c_int64),
+        ("sizes", ctypes.c_int * 4),
+        ("unused", ctypes.c_char * 96),
     ]
 
 

@@ -8,6 +8,10 @@
 // thread's clock counts its releases. `known(u)` is the newest clock of thread u that is ordered before the running
 // thread's present; an access by u at clock c is ordered before it if c <= known(u). A __syncthreads makes all that
 // came before known to all, which is one number per thread (`met`), not a vector each; a __syncwarp makes vectors.
+//
+// Hopper's copies and products work beside the threads. They are agents with a clock of their own, which only a wait makes
+// known: the copies of one barrier are an agent whose clock is the phase, the products of one warpgroup an agent whose
+// clock is the group. What an agent does is ordered after what those who started it knew.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -23,7 +27,7 @@ constexpr size_t GRAIN = 2;  // bytes of a cell: no kernel shares anything small
 
 struct Touch {
     uint32_t block;  // 1 + its number; 0: nobody
-    uint32_t thread : 10, clock : 22;
+    uint32_t who : 11, clock : 21;  // a thread, or an agent
 };
 
 // The reads, or the atomics, since the last write. A touch that is ordered before a later one need not be kept. Two of
@@ -31,7 +35,7 @@ struct Touch {
 struct Touches {
     Touch elsewhere;                // by a block that ran before
     Touch two[2];                   // by two threads
-    std::unique_ptr<Touch[]> more;  // if there was a third: two by each warp
+    std::unique_ptr<Touch[]> more;  // if there was a third: two by each warp, and by each warpgroup's products
 };
 
 struct Cell {
@@ -59,9 +63,18 @@ static Region static_shared, dynamic_region;
 static const char *image_begin, *image_end;  // of the kernel's library: its constants
 static bool checking;
 
-static std::vector<uint32_t> clocks;              // of each thread
-static std::vector<uint32_t> met;                 // each thread's clock when the block last met
-static std::vector<std::vector<uint32_t>> heard;  // known to one thread beyond `met`; empty: nothing
+static std::vector<uint32_t> clocks;  // of each thread
+static Knowledge met;                 // what all threads know, since the block last met
+static std::vector<Knowledge> heard;  // what one thread knows beyond that
+static Knowledge visible;             // what has been shown to the agents that read shared memory
+static int agents;
+
+struct Toucher {
+    int who;
+    uint32_t clock;
+    const Knowledge *heard;
+};
+static Toucher we;  // who touches memory now
 
 void check_launch(const Buffer *buffers, int count, char *image, char *end, char *shared, char *shared_end, size_t dynamic_bytes) {
     checking = options.checked;
@@ -91,27 +104,42 @@ void check_launch(const Buffer *buffers, int count, char *image, char *end, char
 void check_block() {
     if (!checking) return;
     clocks.assign(threads.size(), 1);
-    met.assign(threads.size(), 0);
+    met.clear();
+    visible.clear();
     heard.assign(threads.size(), {});
+    agents = warpgroups();
     for (Region *shared : {&static_shared, &dynamic_region})
         for (Cell &cell : shared->cells) cell.in_flight = false;
 }
 
+static uint32_t known(const Knowledge &knowledge, size_t who) { return who < knowledge.size() ? knowledge[who] : 0; }
+
+void merge(Knowledge &into, const Knowledge &from) {
+    if (into.size() < from.size()) into.resize(from.size());
+    for (size_t i = 0; i < from.size(); i++) into[i] = std::max(into[i], from[i]);
+}
+
 void order_all() {
     if (!checking) return;
-    met = clocks;
+    const size_t n = threads.size();
+    for (Knowledge &h : heard) {
+        for (size_t agent = n; agent < h.size(); agent++) {
+            if (met.size() <= agent) met.resize(agent + 1);
+            met[agent] = std::max(met[agent], h[agent]);
+        }
+        h.clear();
+    }
+    if (met.size() < n) met.resize(n);
+    std::copy(clocks.begin(), clocks.end(), met.begin());
     for (uint32_t &clock : clocks) clock++;
-    for (auto &h : heard) h.clear();
 }
 
 void order_some(const std::vector<int> &meeting) {
     if (!checking) return;
-    static std::vector<uint32_t> together;
+    static Knowledge together;
     together = met;
-    for (int t : meeting) {
-        together[t] = clocks[t];
-        for (size_t u = 0; u < heard[t].size(); u++) together[u] = std::max(together[u], heard[t][u]);
-    }
+    together.resize(std::max(met.size(), threads.size()));
+    for (int t : meeting) merge(together, heard[t]);
     for (int t : meeting) together[t] = clocks[t];
     for (int t : meeting) {
         heard[t] = together;
@@ -119,22 +147,58 @@ void order_some(const std::vector<int> &meeting) {
     }
 }
 
-static uint32_t known(int thread) { return heard[current].empty() ? met[thread] : heard[current][thread]; }
+Knowledge release() {
+    if (!checking) return {};
+    Knowledge mine = met;
+    mine.resize(std::max(met.size(), threads.size()));
+    merge(mine, heard[current]);
+    mine[current] = clocks[current]++;
+    return mine;
+}
+
+void learn(const Knowledge &knowledge) {
+    if (checking) merge(heard[current], knowledge);
+}
+
+Knowledge known_to_all(int first, int count) {
+    if (!checking) return {};
+    Knowledge common(threads.size() + agents, ~0u);
+    for (int t = first; t < first + count; t++)
+        for (size_t who = 0; who < common.size(); who++) {
+            const uint32_t knows = (int)who == t ? clocks[t] : std::max(known(met, who), known(heard[t], who));
+            common[who] = std::min(common[who], knows);
+        }
+    for (int t = first; t < first + count; t++) clocks[t]++;
+    return common;
+}
+
+void fence_async_proxy() { merge(visible, release()); }
+
+int warpgroups() { return ((int)threads.size() + 127) / 128; }
+int agent_of_warpgroup(int warpgroup) { return (int)threads.size() + warpgroup; }
+int new_agent() {
+    if (threads.size() + agents == MOST_TOUCHERS) fail("launch", {nullptr, 0}, "a block of %zu threads has up to %zu barriers", threads.size(), MOST_TOUCHERS - threads.size() - warpgroups());
+    return (int)threads.size() + agents++;
+}
+static bool is_agent(int who) { return who >= (int)threads.size(); }
 
 static bool is_before_us(const Touch &touch, bool shared) {
     if (touch.block == 0) return true;
     if (touch.block != (uint32_t)block_number + 1) return shared;  // shared memory begins anew with every block
-    return (int)touch.thread == current || touch.clock <= known(touch.thread);
+    return (int)touch.who == we.who || touch.clock <= std::max(known(met, touch.who), known(*we.heard, touch.who));
 }
 
-static size_t warps() { return (threads.size() + 31) / 32; }
+static size_t most_touches() { return 2 * ((threads.size() + 31) / 32 + warpgroups()); }
 static const char *verb(Access access) { return access == Access::read ? "read" : access == Access::write ? "write" : "atomic"; }
 static constexpr Where UNKNOWN = {nullptr, 0};  // the culprit tells
 
 [[noreturn]] static void race(Access access, const char *before, const Touch &other, const char *memory, size_t offset) {
+    if (other.block == (uint32_t)block_number + 1 && is_agent(other.who))
+        fail("in flight", UNKNOWN, "%s of %s at byte %zu, which %s that has not been waited for may still %s", verb(access), memory, offset,
+             (int)other.who < agent_of_warpgroup(warpgroups()) ? "a product" : "a tile's copy", before);
     if (other.block == (uint32_t)block_number + 1)
-        fail("race", UNKNOWN, "%s of %s at byte %zu, not ordered after the %s by thread %d of the block", verb(access), memory, offset, before, other.thread);
-    fail("race", UNKNOWN, "%s of %s at byte %zu, not ordered with the %s by thread %d of block %u", verb(access), memory, offset, before, other.thread, other.block - 1);
+        fail("race", UNKNOWN, "%s of %s at byte %zu, not ordered after the %s by thread %d of the block", verb(access), memory, offset, before, other.who);
+    fail("race", UNKNOWN, "%s of %s at byte %zu, not ordered with the %s by thread %d of block %u", verb(access), memory, offset, before, other.who, other.block - 1);
 }
 
 // Return one of the touches that the running thread's present does not come after; null: there is none.
@@ -142,7 +206,7 @@ static const Touch *unordered(const Touches &touches, bool shared) {
     if (!touches.two[0].block) return nullptr;  // nobody
     for (const Touch *t : {&touches.elsewhere, &touches.two[0], &touches.two[1]})
         if (!is_before_us(*t, shared)) return t;
-    for (size_t i = 0; touches.more && i < 2 * warps(); i++)
+    for (size_t i = 0; touches.more && i < most_touches(); i++)
         if (!is_before_us(touches.more[i], shared)) return &touches.more[i];
     return nullptr;
 }
@@ -154,15 +218,16 @@ static void remember(Touches &touches, const Touch &now) {
     };
     for (Touch &place : touches.two)
         if (is_before_us(place, true)) return take(place);
-    if (!touches.more) touches.more.reset(new Touch[2 * warps()]());
-    Touch *of_warp = &touches.more[now.thread / 32 * 2];
+    if (!touches.more) touches.more.reset(new Touch[most_touches()]());
+    const size_t warps = (threads.size() + 31) / 32;
+    Touch *of_warp = &touches.more[2 * (is_agent(now.who) ? warps + now.who - threads.size() : now.who / 32)];
     take(is_before_us(of_warp[0], true) ? of_warp[0] : of_warp[1]);
 }
 
 static void forget(Touches &touches) {
     if (!touches.two[0].block) return;
     touches.elsewhere = touches.two[0] = touches.two[1] = {};
-    if (touches.more) std::fill_n(touches.more.get(), 2 * warps(), Touch());
+    if (touches.more) std::fill_n(touches.more.get(), most_touches(), Touch());
 }
 
 static void touch_cell(Cell &cell, Access access, bool shared, const char *memory, size_t offset) {
@@ -176,7 +241,9 @@ static void touch_cell(Cell &cell, Access access, bool shared, const char *memor
     const uint32_t block = block_number + 1;
     if (shared && access != Access::write && cell.write.block != block)
         fail("uninitialised", UNKNOWN, "%s of %s at byte %zu, which nobody has written", verb(access), memory, offset);
-    const Touch now = {block, (uint32_t)current, clocks[current]};
+    if (shared && is_agent(we.who) && access == Access::read && !is_agent(cell.write.who) && cell.write.clock > known(visible, cell.write.who))
+        fail("unfenced", UNKNOWN, "a product reads %s at byte %zu, but no fence_async_proxy stands after the write by thread %d", memory, offset, cell.write.who);
+    const Touch now = {block, (uint32_t)we.who, we.clock};
     if (access == Access::read) {
         remember(cell.reads, now);
     } else if (access == Access::atomic) {
@@ -217,17 +284,8 @@ void touch(const void *address, size_t bytes, Access access, Where where) {
     touch(address, bytes, access);
 }
 
-void touch(const void *address, size_t bytes, Access access) {
-    if (!checking || current < 0) return;
-    if (late) timeout(UNKNOWN);
-    const char *p = (const char *)address;
-    if (p >= stack_of(current) && p < stack_of(current) + STACK_BYTES) return;  // the thread's own
-    if (options.preempt && random_bits() % options.preempt == 0) {
-        const Culprit before = culprit;
-        yield();
-        culprit = before;
-    }
-    if (p >= dynamic_region.begin && p < dynamic_region.begin + (227 << 10)) {
+static void touch_memory(const char *p, size_t bytes, Access access) {
+    if (p >= dynamic_region.begin && p < dynamic_region.begin + MOST_SHARED) {
         if (p + bytes > dynamic_region.end)
             fail("out of bounds", UNKNOWN, "%s of %zu bytes at byte %td of dynamic shared memory; the launch asked for %td", verb(access), bytes,
                  p - dynamic_region.begin, dynamic_region.end - dynamic_region.begin);
@@ -242,6 +300,27 @@ void touch(const void *address, size_t bytes, Access access) {
     if (access == Access::read && p >= image_begin && p + bytes <= image_end) return;  // a constant
     if (access == Access::read && p >= (char *)&here && p + bytes <= (char *)(&here + 1)) return;  // threadIdx and its kin
     out_of_bounds(p, bytes, access);
+}
+
+void touch(const void *address, size_t bytes, Access access) {
+    if (!checking || current < 0) return;
+    if (late) timeout(UNKNOWN);
+    const char *p = (const char *)address;
+    if (p >= stack_of(current) && p < stack_of(current) + STACK_BYTES) return;  // the thread's own
+    if (options.preempt && random_bits() % options.preempt == 0) {
+        const Culprit before = culprit;
+        yield();
+        culprit = before;
+    }
+    we = {current, clocks[current], &heard[current]};
+    touch_memory(p, bytes, access);
+}
+
+void touch_as(int agent, uint32_t clock, const Knowledge &knowledge, const void *address, size_t bytes, Access access, Where where) {
+    if (!checking) return;
+    culprit = {nullptr, where};
+    we = {agent, clock, &knowledge};
+    touch_memory((const char *)address, bytes, access);
 }
 
 static void mark_flight(const void *to, size_t bytes, bool in_flight) {

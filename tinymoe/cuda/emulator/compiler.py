@@ -15,7 +15,7 @@ from tinymoe.errors import InputError
 
 HERE = Path(__file__).parent
 INCLUDE = HERE.parent / "include"
-RUNTIME = [HERE / name for name in ("scheduler.cpp", "checker.cpp", "asynchronous.cpp", "fiber.cpp")]
+RUNTIME = [HERE / name for name in ("scheduler.cpp", "checker.cpp", "asynchronous.cpp", "hopper.cpp", "fiber.cpp")]
 FLAGS = ["-std=c++17", "-fPIC", "-g", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
 FLAGS += ["-U_FORTIFY_SOURCE"]  # its longjmp refuses to leave a fiber whose stack lies above the caller's
 KERNEL_FLAGS = {  # of the two builds

@@ -48,12 +48,43 @@ void touch(const void *address, size_t bytes, Access access, Where where);
 // Stop the launch with an error. `kind` is one word or two, the rest as printf.
 [[noreturn]] void fail(const char *kind, Where where, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
-// ---- asynchronous copies (asynchronous.cpp)
+// ---- Ampere's asynchronous copies (asynchronous.cpp)
 
 // Copy `valid` bytes and fill up to `bytes` with zeros, at some moment between now and the wait for its group.
 void copy_asynchronously(void *to, const void *from, int bytes, int valid, Where where);
 void commit_copies();
 void wait_for_copies(int groups_left);  // all but the newest `groups_left` groups are done when this returns
+
+// ---- Hopper's barriers, tiles and products (hopper.cpp)
+
+struct alignas(64) TileMap {  // a matrix of 16-bit elements in global memory, and the box that is cut of it
+    const char *begin;
+    int64_t pitch;  // bytes from row to row
+    int rows, columns, box_rows, box_columns;
+    char unused[96];
+};
+static_assert(sizeof(TileMap) == 128, "as large as CUDA's");
+
+void init_barrier(void *barrier, int arrivals, Where where);
+void publish_barriers();
+void arrive(void *barrier, int bytes, Where where);
+void wait_for_phase(void *barrier, unsigned parity, Where where);
+void load_tile(void *to, const TileMap &map, void *barrier, int row, int column, Where where);
+void fence_async_proxy();
+
+struct Matrix {
+    uint64_t descriptor;
+    bool is_columns;
+};
+struct Product {  // d = a b, or d += a b if `add`: 64 x 16 by 16 x n
+    Matrix a, b;
+    int n;
+    bool add;
+};
+void multiply(const Product &product, float *d, Where where);  // d: the thread's share
+void fence_products(Where where);
+void commit_products(Where where);
+void wait_for_products(int groups_left, Where where);
 
 }  // namespace emulator
 

@@ -22,7 +22,6 @@
 
 namespace emulator {
 
-constexpr size_t MOST_SHARED = 227 << 10;  // bytes of dynamic shared memory, as on Hopper
 constexpr int BARRIERS = 16;
 
 Position here;
@@ -120,15 +119,22 @@ static void wait_as(State state, Where where) {
     threads[current].where = where;
 }
 
+// Return whether the collective that thread t is at includes thread u.
+static bool meets(const Thread &thread, int t, int u) {
+    if (thread.operation == Operation::warpgroup) return t / 128 == u / 128;
+    return t / 32 == u / 32 && thread.mask >> u % 32 & 1;
+}
+
 static void open_barrier(int id);
 
 static void thread_body() {
     kernel(arguments);
     check_no_copies(threads[current]);
+    check_no_products();
     threads[current].state = State::exited;
-    for (int t = current - current % 32; t < (int)threads.size() && t / 32 == current / 32; t++)
-        if (threads[t].state == State::at_collective && threads[t].mask >> current % 32 & 1)
-            fail("divergence", threads[t].where, "lane %d waits here for lane %d, which exits", t % 32, current % 32);
+    for (int t = current - current % 128; t < (int)threads.size() && t / 128 == current / 128; t++)
+        if (threads[t].state == State::at_collective && meets(threads[t], t, current))
+            fail("divergence", threads[t].where, "thread %d waits here for thread %d, which exits", t, current);
     alive--;
     if (arrived[0] && arrived[0] == alive) open_barrier(0);  // reports the divergence
     to_scheduler();
@@ -165,25 +171,26 @@ void barrier(int id, int count, Where where) {
     if (me.state != State::ready) to_scheduler();
 }
 
-// ---- warp instructions
+// ---- instructions of a warp, or of a warpgroup
 
 void collective(Operation operation, unsigned mask, void *argument, Complete complete, Where where) {
-    const int first = current - current % 32, size = threads.size();
+    const int lanes = operation == Operation::warpgroup ? 128 : 32;
+    const int first = current - current % lanes, size = threads.size();
     Thread &me = threads[current];
-    if (!(mask >> (current - first) & 1)) fail("divergence", where, "lane %d is not in its own mask %08x", current - first, mask);
     me.operation = operation;
     me.mask = mask;
     me.argument = argument;
+    if (!meets(me, current, current)) fail("divergence", where, "lane %d is not in its own mask %08x", current - first, mask);
     wait_as(State::at_collective, where);
-    void *deposits[32] = {};
-    for (int i = 31; i >= 0; i--) {
-        if (!(mask >> i & 1)) continue;
+    void *deposits[128] = {};
+    for (int i = lanes - 1; i >= 0; i--) {
         const int t = first + i;
+        if (!meets(me, current, t)) continue;
         if (t >= size || threads[t].state == State::exited)
-            fail("divergence", where, "mask %08x names lane %d, which does not exist or has exited", mask, i);
+            fail("divergence", where, "lane %d, which should be here too, does not exist or has exited", i);
         const Thread &other = threads[t];
         if (other.state != State::at_collective) return to_scheduler();  // a later lane will complete it
-        if (!(other.mask >> (current - first) & 1)) return to_scheduler();  // it meets others before
+        if (!meets(other, t, current)) return to_scheduler();            // it meets others before
         const bool elsewhere = operation != Operation::sync_warp && other.where.line != where.line;
         if (other.operation != operation || other.mask != mask || elsewhere)
             fail("divergence", where, "the lane meets lane %d in another operation or mask, at line %d", i, other.where.line);
@@ -192,8 +199,8 @@ void collective(Operation operation, unsigned mask, void *argument, Complete com
     if (complete) complete(deposits, mask, where);
     static std::vector<int> meeting;
     meeting.clear();
-    for (int i = 0; i < 32; i++)
-        if (mask >> i & 1) threads[first + i].state = State::ready, meeting.push_back(first + i);
+    for (int t = first; t < first + lanes; t++)
+        if (meets(me, current, t)) threads[t].state = State::ready, meeting.push_back(t);
     if (operation == Operation::sync_warp) order_some(meeting);  // a shuffle does not order memory
 }
 
@@ -266,6 +273,7 @@ static void run_block(char *shared, char *shared_end, size_t dynamic_bytes) {
     memset(dynamic_memory, 0xFF, dynamic_bytes);  // NaN in every floating-point format: what is not set shows
     memset(shared, 0xFF, shared_end - shared);
     check_block();
+    begin_block();
     const int n = threads.size();
     const Index size = here.block_size;
     for (int t = 0; t < n; t++) {
@@ -283,7 +291,10 @@ static void run_block(char *shared, char *shared_end, size_t dynamic_bytes) {
     for (int t = 0; t < n; t++) order[t] = options.schedule == reverse ? n - 1 - t : t;
     while (alive) {
         bool progress = false;
-        if (options.schedule == shuffled) std::shuffle(order.begin(), order.end(), random_bits);
+        if (options.schedule == shuffled) {
+            std::shuffle(order.begin(), order.end(), random_bits);
+            if (random_bits() % 2) copy_one_tile();
+        }
         for (int t : order) {
             Thread &thread = threads[t];
             if (thread.state == State::waiting && thread.ready(thread.argument)) thread.state = State::ready;
@@ -292,8 +303,9 @@ static void run_block(char *shared, char *shared_end, size_t dynamic_bytes) {
                 run(t);
             }
         }
-        if (!progress) deadlock();
+        if (!progress && !copy_one_tile()) deadlock();
     }
+    end_block();
 }
 
 static void run_grid(char *shared, char *shared_end, size_t dynamic_bytes) {

@@ -11,6 +11,9 @@ namespace emulator {
 
 enum class State : uint8_t { ready, at_barrier, at_collective, waiting, exited };
 
+constexpr size_t MOST_SHARED = 227 << 10;  // bytes of dynamic shared memory, as on Hopper
+constexpr size_t MOST_TOUCHERS = 2048;     // threads and agents of a block
+
 struct Copy {  // an asynchronous copy on its way
     void *to;
     const void *from;
@@ -82,10 +85,25 @@ void check_launch(const Buffer *buffers, int count, char *image, char *image_end
 void check_block();                                // a new block begins
 void order_all();                                  // all threads of the block have met
 void order_some(const std::vector<int> &meeting);  // these have
+using Knowledge = std::vector<uint32_t>;           // of each thread and agent, the newest clock that comes before
+void merge(Knowledge &into, const Knowledge &from);
+Knowledge release();                          // what the running thread knows, its own past included
+void learn(const Knowledge &knowledge);       // the running thread comes after all that
+Knowledge known_to_all(int first, int count);  // what each of so many threads knows
+int new_agent();                              // that works beside the threads
+int warpgroups();
+int agent_of_warpgroup(int warpgroup);
+void touch_as(int agent, uint32_t clock, const Knowledge &knowledge, const void *address, size_t bytes, Access access, Where where);
 void begin_flight(const void *to, size_t bytes);  // an asynchronous write may happen from now on
 void end_flight(const void *to, size_t bytes);
 
 // asynchronous.cpp
 void check_no_copies(const Thread &thread);
+
+// hopper.cpp
+void begin_block();
+bool copy_one_tile();      // that is on its way; false: there is none
+void check_no_products();  // when the running thread exits
+void end_block();
 
 }  // namespace emulator
