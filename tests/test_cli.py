@@ -148,6 +148,8 @@ def test_train_refuses_an_existing_run_and_leaves_it_alone(trained, text, config
 def test_resume_refuses_changed_text_and_changed_options(trained, text, capsys, tmp_path):
     before = contents(trained)
     assert "--steps" in refused(capsys, "train", "--resume", trained, "--steps", "9")
+    assert "--backend" in refused(capsys, "train", "--resume", trained, "--backend", "cuda")
+    assert "--dtype" in refused(capsys, "train", "--resume", trained, "--dtype", "float32")
     assert "holds no run" in refused(capsys, "train", "--resume", tmp_path)
     extra = text / "more.txt"
     extra.write_text("other words\n" * 9)
@@ -168,6 +170,9 @@ def test_resume_refuses_changed_text_and_changed_options(trained, text, capsys, 
         ("train --config mixtral_8x7b --out {new}", "tokenizer"),
         ("train --config {config} --data {text} --seq-len 99999 --out {new}", "context"),
         ("train --config {config} --data {text} --seq-len 9000 --out {new}", "too|shorter"),
+        ("train --dtype bfloat16 --out {new}", "needs --backend cuda"),
+        ("train --dtype bfloat16 --backend reference --out {new}", "needs --backend cuda"),
+        ("train --dtype float16 --backend cuda --out {new}", "float16"),
         ("train --no-such-option", "no-such-option"),
         ("generate /nosuch hello", "/nosuch"),
         ("generate {model} ''", "empty"),
@@ -179,6 +184,8 @@ def test_resume_refuses_changed_text_and_changed_options(trained, text, capsys, 
         ("generate {model} hello --seed -1", "--seed"),
         ("generate {model} hello --show-routing --layer 7", "layers 0 to 1"),
         ("generate {model} hello there --show-routing", "single prompt"),
+        ("generate {model} hello --dtype bfloat16", "needs --backend cuda"),
+        ("eval {model} {config} --dtype bfloat16", "needs --backend cuda"),
         ("eval {model}", "no text"),
         ("eval {model} /nosuch.txt", "/nosuch.txt"),
         ("eval {model} {config} --seq-len 0", "--seq-len"),

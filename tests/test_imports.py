@@ -19,7 +19,7 @@ FLOORS = [
     {"errors"},
     {"atomic", "config", "workers"},
     {"reference", "cuda"},
-    {"balance", "block", "cache", "checkpoint", "corpora", "data", "model", "tokenizer"},
+    {"balance", "block", "cache", "checkpoint", "corpora", "data", "model", "optimizer", "tokenizer"},
     {"analysis", "bench", "doctor", "generation", "instruct", "progress", "report", "runs", "scale", "training"}
     | {"writing"},
     {"cli"},
@@ -79,6 +79,11 @@ def test_light_modules_import_nothing_heavy(module):
 def test_the_model_needs_only_numpy_and_threadpoolctl(module):
     loaded = set(run_python(f"import sys, {module}; print(*sys.modules)"))
     assert loaded & HEAVY == {"numpy", "threadpoolctl"}
+
+
+def test_kernels_are_not_imported_for_numpy_s_parameters():
+    code = "import sys, numpy, tinymoe; tinymoe.AdamW({'w': numpy.ones(2)}); print(*sys.modules)"
+    assert not [name for name in run_python(code) if name.startswith("tinymoe.cuda")]
 
 
 def test_every_module_can_be_imported_first():

@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from tinymoe.errors import InputError as InputError
     from tinymoe.generation import generate as generate
     from tinymoe.model import Mixtral as Mixtral
+    from tinymoe.optimizer import AdamW as AdamW
     from tinymoe.reference.balance import hf_load_balancing_loss as hf_load_balancing_loss
-    from tinymoe.reference.optimizer import AdamW as AdamW
 
 # Public name -> the module that defines it, imported on first use (PEP 562) so that `import tinymoe` stays fast.
 _HOME = {
     "MixtralConfig": "tinymoe.config",
     "InputError": "tinymoe.errors",
     "Mixtral": "tinymoe.model",
-    "AdamW": "tinymoe.reference.optimizer",
+    "AdamW": "tinymoe.optimizer",
     "generate": "tinymoe.generation",
     "hf_load_balancing_loss": "tinymoe.reference.balance",
 }

@@ -74,7 +74,8 @@ def _started(options: argparse.Namespace) -> "tuple[Run, Corpus]":
     from tinymoe.data import Batches
     from tinymoe.tokenizer import copy_tokenizer, load_tokenizer
 
-    name, backend = options.config or "small", options.backend or "reference"
+    name, backend, dtype = options.config or "small", options.backend or "reference", options.dtype or "float32"
+    _check_dtype(dtype, backend)
     config = load_config(name)
     given = {name: value for name, value in vars(options).items() if name in _OPTIONS and value is not None}
     wanted = training.Options(**given)
@@ -89,7 +90,7 @@ def _started(options: argparse.Namespace) -> "tuple[Run, Corpus]":
     corpus.held_out_tokens(tokenizer)  # and this what leaves nothing to evaluate, before the folder is made
     if options.minutes is not None:
         print(f"measuring how many steps fit into {options.minutes:g} minutes", flush=True)
-        steps = training.steps_within(60 * options.minutes, config, tokens, wanted, backend)
+        steps = training.steps_within(60 * options.minutes, config, tokens, wanted, backend, dtype)
         wanted = dataclasses.replace(wanted, steps=steps)
     if options.warmup is None:
         wanted = dataclasses.replace(wanted, warmup=min(wanted.warmup, wanted.steps // 10))
@@ -97,7 +98,7 @@ def _started(options: argparse.Namespace) -> "tuple[Run, Corpus]":
     cores = options.workers or workers.usable_cores()
     if options.tokenizer:
         copy_tokenizer(options.tokenizer, directory)
-    run = runs.create(directory, config, dataclasses.asdict(wanted), corpus.manifest(), cores, command, backend)
+    run = runs.create(directory, config, dataclasses.asdict(wanted), corpus.manifest(), cores, command, backend, dtype)
     print(
         f"training {config.count_parameters():,} parameters ({config.count_active_parameters():,} active) for "
         f"{wanted.steps:,} steps of {wanted.batch_size * wanted.accumulate} x {wanted.seq_len} tokens, in {directory}",
@@ -111,7 +112,7 @@ def _resumed(options: argparse.Namespace) -> "tuple[Run, Corpus]":
 
     fixed = [
         name
-        for name in (*_OPTIONS, "config", "data", "out", "minutes", "workers", "tokenizer", "backend")
+        for name in (*_OPTIONS, "config", "data", "out", "minutes", "workers", "tokenizer", "backend", "dtype")
         if getattr(options, name) is not None
     ]
     if fixed:
@@ -124,6 +125,11 @@ def _resumed(options: argparse.Namespace) -> "tuple[Run, Corpus]":
             "it cannot be resumed; start a new run"
         )
     return run, corpus
+
+
+def _check_dtype(dtype: str, backend: str) -> None:
+    if dtype == "bfloat16" and backend != "cuda":
+        raise InputError(f"--dtype bfloat16 needs --backend cuda: the {backend} backend computes in float32")
 
 
 def _corpus(paths: list[str] | None) -> "Corpus":
@@ -152,7 +158,8 @@ def _generate(options: argparse.Namespace) -> None:
     from tinymoe.model import Mixtral
     from tinymoe.tokenizer import load_tokenizer
 
-    model = Mixtral.from_pretrained(options.model, backend=options.backend, mmap=options.mmap)
+    _check_dtype(options.dtype, options.backend)
+    model = Mixtral.from_pretrained(options.model, backend=options.backend, dtype=options.dtype, mmap=options.mmap)
     writing.write(
         model,
         load_tokenizer(options.model, model.config.vocab_size),
@@ -174,9 +181,10 @@ def _eval(options: argparse.Namespace) -> None:
     from tinymoe.model import Mixtral
     from tinymoe.tokenizer import load_tokenizer
 
+    _check_dtype(options.dtype, options.backend)
     directory = Path(options.model)
     is_run = (directory / runs.MANIFEST).is_file()
-    model = Mixtral.from_pretrained(directory, backend=options.backend, mmap=options.mmap)
+    model = Mixtral.from_pretrained(directory, backend=options.backend, dtype=options.dtype, mmap=options.mmap)
     tokenizer = load_tokenizer(directory, model.config.vocab_size)
     if options.files:
         texts = {path: [document.text for document in read_documents(path)] for path in options.files}
@@ -230,14 +238,28 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    if options.what == "kernels":
+        from tinymoe.bench import kernels
+
+        kernels.command(sizes=options.size, only=options.only, rounds=options.rounds, out=options.out)
+        return
+    if options.only is not None:
+        raise InputError("--only goes with bench kernels: give bench model its --size")
     from tinymoe.bench import model
 
     model.command(sizes=options.size, rounds=options.rounds, out=options.out)
 
 
+def _experiment(options: argparse.Namespace) -> None:
+    from tinymoe import experiments
+
+    experiments.command(options.name, options.seed, options.quick, options.out)
+
+
 # Arguments.
 
 _BACKENDS = ("reference", "cuda")
+_DTYPES = ("float32", "bfloat16")
 _OPTIONS = {  # of training.Options: help, in the order shown; the defaults stand there
     "steps": (int, "updates of the weights (1500)"),
     "batch_size": (int, "sequences in a batch (16)"),
@@ -279,6 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--minutes", type=_positive, help="as many steps as fit; measured first, then fixed")
     train.add_argument("--workers", type=_count, help="threads that share a batch (one per core)")
     train.add_argument("--backend", choices=_BACKENDS, help="reference (NumPy) or cuda")
+    train.add_argument("--dtype", choices=_DTYPES, help="of the weights: float32 or, on cuda, bfloat16 (float32)")
     for name, (kind, text) in _OPTIONS.items():
         train.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
 
@@ -294,6 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--layer", type=int, help="whose routing to show (the middle one)")
     generate.add_argument("--mmap", action="store_true", help="leave the weights on disk: for models beyond memory")
     generate.add_argument("--backend", choices=_BACKENDS, default="reference", help="reference (NumPy) or cuda")
+    generate.add_argument("--dtype", choices=_DTYPES, default="float32", help="to compute in; bfloat16 only on cuda")
 
     evaluate = add("eval", _eval, "measure a model's loss on text")
     evaluate.add_argument("model", metavar="RUN", help="run or model directory")
@@ -301,6 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seq-len", type=int, help="tokens in a window (as trained, or at most 1024)")
     evaluate.add_argument("--mmap", action="store_true", help="leave the weights on disk: for models beyond memory")
     evaluate.add_argument("--backend", choices=_BACKENDS, default="reference", help="reference (NumPy) or cuda")
+    evaluate.add_argument("--dtype", choices=_DTYPES, default="float32", help="to compute in; bfloat16 only on cuda")
 
     plan = add("plan", _plan, "count parameters, bytes and FLOPs, and say what fits where")
     plan.add_argument("config", metavar="CONFIG", help="preset, config.json or model directory")
@@ -310,11 +335,18 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--device", help="one device only: h200, h100, a100-80gb, a100-40gb or here (all)")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
-    bench = add("bench", _bench, "measure speed beside the peers")
-    bench.add_argument("what", choices=["model"], help="what to measure")
-    bench.add_argument("--size", nargs="+", help="sizes to measure: tiny, small, medium (all)")
-    bench.add_argument("--rounds", type=_count, default=7, help="alternating rounds (7)")
+    bench = add("bench", _bench, "measure the model beside its peers, or the kernels beside their floors")
+    bench.add_argument("what", choices=["model", "kernels"], help="what to measure")
+    bench.add_argument("--size", nargs="+", help="sizes to measure: tiny, small, medium; of the kernels, toy … (all)")
+    bench.add_argument("--only", nargs="+", metavar="COMPONENT", help="of the kernels: these components (all)")
+    bench.add_argument("--rounds", type=_count, default=7, help="rounds of each measurement (7)")
     bench.add_argument("--out", metavar="FILE", help="also write the record as JSON")
+
+    experiment = add("experiment", _experiment, "try a claim about mixtures of experts at a size that runs here")
+    experiment.add_argument("name", help="balance, dense, throughput, passkey or instruct")
+    experiment.add_argument("--seed", type=_seed, default=0, help="of weights, texts and batches (0)")
+    experiment.add_argument("--quick", action="store_true", help="seconds instead of minutes: shows only that it works")
+    experiment.add_argument("--out", metavar="DIR", help="folder for its figure and its numbers (runs/experiments)")
 
     doctor = add("doctor", _doctor, "say what is here, what it enables, and what fixes each gap")
     doctor.add_argument("--json", action="store_true", help="print JSON")

@@ -6,13 +6,14 @@ import platform
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes  # noqa: F401  (its import teaches NumPy, and so safetensors, what bfloat16 is)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tinymoe import __version__, atomic
 from tinymoe.config import MixtralConfig, read_json_object
 from tinymoe.errors import InputError
-from tinymoe.model import Mixtral
+from tinymoe.model import DTYPES, Mixtral
 from tinymoe.reference.optimizer import AdamW
 
 MANIFEST, STATE, METRICS = "manifest.json", "training_state.safetensors", "metrics.jsonl"
@@ -34,6 +35,7 @@ def create(
     num_workers: int,
     command: str,
     backend: str = "reference",
+    dtype: str = "float32",
 ) -> Run:
     """Make a new run; from its manifest on, written last, it exists and can be resumed.
 
@@ -51,12 +53,13 @@ def create(
         "command": command,
         "num_workers": num_workers,
         "backend": backend,
+        "dtype": dtype,
         "options": options,
         "data": data,
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(directory / "config.json", config.to_hf() | {"dtype": "float32"})
+        atomic.write_json(directory / "config.json", config.to_hf() | {"dtype": dtype})
         atomic.write_json(directory / MANIFEST, manifest)
     except OSError as error:
         raise InputError(f"cannot write to {directory}: {error.strerror or error}") from None
@@ -90,8 +93,13 @@ def open_run(directory: Path) -> Run:
     for key in ("num_workers", "options", "data"):
         if key not in manifest:
             raise InputError(f"{directory / MANIFEST} lacks {key!r}: it is damaged, or not of tinymoe train")
-    if manifest.setdefault("backend", "reference") not in ("reference", "cuda"):
-        raise InputError(f"{directory / MANIFEST} has the backend {manifest['backend']!r}; there is reference and cuda")
+    backend, dtype = manifest.setdefault("backend", "reference"), manifest.setdefault("dtype", "float32")
+    if backend not in list(DTYPES):
+        raise InputError(f"{directory / MANIFEST} has the backend {backend!r}; there is reference and cuda")
+    if dtype not in DTYPES[backend]:
+        raise InputError(
+            f"{directory / MANIFEST} has the dtype {dtype!r}; {backend} computes in {' or '.join(DTYPES[backend])}"
+        )
     return Run(directory, MixtralConfig.from_file(directory / "config.json"), manifest)
 
 
@@ -99,14 +107,14 @@ def save(run: Run, model: Mixtral, optimizer: AdamW) -> None:
     """Save the training state, and the model for everyone else.
 
     The state is whole in one file, so that whenever the process dies, one consistent state is there to resume from.
+    The model has its weights as they compute, in bfloat16 if they do; their float32 masters are in the state alone.
 
     Raises
     ------
     InputError
         The directory cannot be written; the last save remains.
     """
-    state = {"param": model.params, "m": optimizer.m, "v": optimizer.v}
-    arrays = {f"{kind}.{name}": model.host(array) for kind, of in state.items() for name, array in of.items()}
+    arrays = {name: model.host(array) for name, array in _state(model, optimizer).items()}
     try:
         atomic.write_tensors(run.directory / STATE, arrays, {"step": str(optimizer.steps)})
     except OSError as error:
@@ -128,15 +136,22 @@ def restore(run: Run, model: Mixtral, optimizer: AdamW) -> None:
     try:
         with safe_open(path, "np") as file:
             steps = int((file.metadata() or {}).get("step", ""))
-            for name, p in model.params.items():
-                for kind, array in (("param", p), ("m", optimizer.m[name]), ("v", optimizer.v[name])):
-                    stored = file.get_tensor(f"{kind}.{name}")
-                    if stored.shape != array.shape:
-                        raise ValueError(f"{kind}.{name} has shape {stored.shape}; the config asks for {array.shape}")
-                    array[...] = model.place(stored)
+            for name, array in _state(model, optimizer).items():
+                stored = file.get_tensor(name)
+                if stored.shape != array.shape:
+                    raise ValueError(f"{name} has shape {stored.shape}; the config asks for {array.shape}")
+                if stored.dtype != array.dtype:
+                    raise ValueError(f"{name} has dtype {stored.dtype}; the manifest's dtype asks for {array.dtype}")
+                array[...] = model.place(stored)
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"{path} cannot be resumed from: {str(error).splitlines()[0]}") from None
     optimizer.steps = steps
+
+
+def _state(model: Mixtral, optimizer: AdamW) -> dict[str, Any]:
+    """Return the arrays that the next step depends on, by their names on disk."""
+    kinds = {"param": model.params, "m": optimizer.m, "v": optimizer.v, "master": getattr(optimizer, "master", {})}
+    return {f"{kind}.{name}": array for kind, of in kinds.items() for name, array in of.items()}
 
 
 def steps_done(run: Run) -> int:

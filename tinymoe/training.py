@@ -140,10 +140,15 @@ def sample_windows(documents: Mapping[str, list[Array]], seq_len: int, most: int
 
 
 def steps_within(
-    seconds: float, config: MixtralConfig, tokens: Array, options: Options, backend: str = "reference"
+    seconds: float,
+    config: MixtralConfig,
+    tokens: Array,
+    options: Options,
+    backend: str = "reference",
+    dtype: str = "float32",
 ) -> int:
     """Return how many steps fit into a time, from the median of a few seconds of trial steps on another model."""
-    model = Mixtral.init(config, options.seed, backend)
+    model = Mixtral.init(config, options.seed, backend, dtype)
     optimizer = model.ops.AdamW(model.params)
     batches = Batches(tokens, options.batch_size, options.seq_len, options.seed)
     times: list[float] = []
@@ -191,8 +196,8 @@ def train(
         The training diverged, the text is too short, or the directory cannot be written.
     """
     options = Options.from_manifest(run.manifest["options"])
-    workers, backend = run.manifest["num_workers"], run.manifest["backend"]
-    model = Mixtral.init(run.config, options.seed, backend, num_workers=workers)
+    backend, dtype, workers = (run.manifest[key] for key in ("backend", "dtype", "num_workers"))
+    model = Mixtral.init(run.config, options.seed, backend, dtype, workers)
     betas = options.beta1, options.beta2
     optimizer = model.ops.AdamW(model.params, betas=betas, weight_decay=options.weight_decay)
     runs.restore(run, model, optimizer)
@@ -247,13 +252,18 @@ def _step(model: Mixtral, optimizer: AdamW, batches: Batches, options: Options) 
 def _gradients(
     model: Mixtral, batches: Batches, step: int, options: Options
 ) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Return the gradients of one step, averaged over its batches, and its losses and load for the metrics."""
+    """Return the gradients of one step, averaged over its batches, and its losses and load for the metrics.
+
+    Those of a bfloat16 model come as float32, so that their sum, their norm and the clipping do not round again.
+    """
     total: dict[str, Array] = {}
     cross_entropy = aux = 0.0
     load = np.zeros((model.config.n_layers, model.config.num_experts))
     for batch in range(step * options.accumulate, (step + 1) * options.accumulate):
         inputs, targets = batches[batch]
         _, grads = model.loss_and_grads(inputs, targets)
+        if model.dtype.name == "bfloat16":
+            grads = {name: grad.astype(np.float32) for name, grad in grads.items()}
         assert model.losses is not None
         cross_entropy += model.losses.cross_entropy / options.accumulate
         aux += float(model.losses.switch.mean()) / options.accumulate
@@ -274,12 +284,12 @@ def _gradients(
 def _first_not_finite(model: Mixtral, grads: Mapping[str, Array], tokens: Array | None = None) -> str:
     """Say where the numbers broke: the first layer forward, or the first gradient backward."""
     for name, p in model.params.items():
-        if not np.isfinite(p).all():
+        if not np.isfinite(model.host(p)).all():
             return f"the weights {name} are not finite"
     if tokens is not None:
         layer = model.first_layer_not_finite(tokens)
         return f"the loss is not finite, from layer {layer} on" if layer is not None else "the logits are not finite"
-    broken = [name for name, grad in grads.items() if not np.isfinite(grad).all()]
+    broken = [name for name, grad in grads.items() if not np.isfinite(model.host(grad)).all()]
     return f"the gradient of {broken[-1]} is not finite" if broken else "the gradient's norm overflows"
 
 
