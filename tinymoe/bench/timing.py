@@ -47,7 +47,18 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load": os.getloadavg()[0],
         **versions,
+        **_gpu(),
     }
+
+
+def _gpu() -> dict[str, str | None]:
+    from tinymoe.cuda.device import gpu_is_there
+
+    if not gpu_is_there():
+        return {}
+    from tinymoe.cuda import gpu
+
+    return gpu.description()
 
 
 def _cpu() -> str:

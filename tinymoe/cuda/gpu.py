@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import os
+import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import cupy
@@ -41,3 +43,37 @@ def _module(kernels: Kernels, card: int) -> tuple[Any, dict[str, str]]:
 def architecture(capability: str) -> str:
     """Return what to compile for on a card: on Hopper the architecture with its own features, sm_90a."""
     return f"sm_{capability}a" if capability == "90" else f"sm_{capability}"
+
+
+def seconds(run: Callable[[], Any], ahead: Callable[[], Any]) -> tuple[float, bool]:
+    """Return the seconds of what ``run`` launches, and whether the host was late; see `tinymoe.cuda.device.seconds`."""
+    start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+    ahead()
+    start.record()
+    run()
+    stop.record()
+    waited = start.done  # what went ahead had ended before all was queued
+    stop.synchronize()
+    return cupy.cuda.get_elapsed_time(start, stop) / 1e3, waited  # of milliseconds
+
+
+def free() -> None:
+    """Give the memory pool's free blocks back."""
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+def description() -> dict[str, str | None]:
+    """Return what a record says of the card in use: its name, its driver, and the versions of CUDA and of CuPy."""
+    runtime = cupy.cuda.runtime
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = None
+    version = runtime.runtimeGetVersion()  # 13000 is 13.0
+    return {
+        "gpu": runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode(),
+        "driver": driver,
+        "cuda": f"{version // 1000}.{version % 1000 // 10}",
+        "cupy": cupy.__version__,
+    }
