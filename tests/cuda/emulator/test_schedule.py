@@ -168,6 +168,12 @@ def test_kernel_that_does_not_compile_gives_the_compilers_message(cache, tmp_pat
     assert [path.name.split("-")[0] for path in cache.iterdir()] == ["runtime"], "something is left"
 
 
+def test_checked_build_refuses_a_compiler_that_does_not_show_it_every_access(monkeypatch):
+    monkeypatch.setattr(compiler, "_version", lambda: "clang version 19.1.7")
+    with pytest.raises(InputError, match=r"needs g\+\+ on Linux; TINYMOE_DEVICE=emulated runs"):
+        Library(SOURCE, ["add"], "checked")
+
+
 @pytest.mark.parametrize("environment", [{"CXX": "/nonexistent"}, {"CXX": "", "PATH": ""}])
 def test_without_a_compiler_one_error_names_both_ways_out(environment):
     program = """

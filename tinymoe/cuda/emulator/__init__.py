@@ -13,6 +13,20 @@ How it works, and where to read it:
 What it does not show: time, occupancy, coalescing, bank conflicts, and the reorderings of a weak memory model. Blocks
 run one after the other: a block that spins until another has done something never ends, and whatever two blocks pass
 each other in one launch, fences and atomics or not, is a race to the checker.
+
+To stop in a kernel (the checked build keeps more of the variables than the fast one)::
+
+    TINYMOE_DEVICE=checked gdb --args python program.py
+    (gdb) set breakpoint pending on
+    (gdb) break rmsnorm.cu:23 if blockIdx.x == 1 && threadIdx.x == 33
+    (gdb) run
+    (gdb) backtrace
+    (gdb) print threadIdx
+
+Without a condition it stops in every thread; ``next`` over a barrier stays with the one it is in.
+
+It runs on Linux, on x86-64 and (its tests under QEMU) aarch64. The checked build needs g++; the fast one takes clang++
+too, and is written for macOS but has not run there yet.
 """
 
 import contextlib

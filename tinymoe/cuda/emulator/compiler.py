@@ -16,12 +16,19 @@ from tinymoe.errors import InputError
 HERE = Path(__file__).parent
 INCLUDE = HERE.parent / "include"
 RUNTIME = [HERE / name for name in ("scheduler.cpp", "checker.cpp", "asynchronous.cpp", "hopper.cpp", "fiber.cpp")]
-FLAGS = ["-std=c++17", "-fPIC", "-g", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS += ["-g3"]  # with macros, so that a debugger knows threadIdx
 FLAGS += ["-U_FORTIFY_SOURCE"]  # its longjmp refuses to leave a fiber whose stack lies above the caller's
-KERNEL_FLAGS = {  # of the two builds
+KERNEL_FLAGS = {  # of the two builds: -Og costs the checked one nothing, and a debugger stops at barriers too
     "emulated": ["-O2", "-fno-plt"],  # no stubs, whose instructions are of no line
-    "checked": ["-O1", "-fno-plt", "-fsanitize=thread,bounds,alignment"],
+    "checked": ["-Og", "-fno-plt", "-fsanitize=thread,bounds,alignment"],
 }
+# A kernel's library must keep to itself: its .bss is shared memory and nothing else (no start files), and a kernel of
+# the same name in another library is another kernel.
+KERNEL_LINK = ["-shared", "-nostartfiles", "-nostdlib", "-Wl,-Bsymbolic"]
+if sys.platform == "darwin":  # written for its linker, not yet run there
+    KERNEL_LINK = ["-shared", "-undefined", "dynamic_lookup"]
+    KERNEL_LINK += [f"-Wl,-exported_symbol,_{name}" for name in ("kernel_*", "library_*", "shared_begin")]
 
 
 def compiler() -> list[str]:
@@ -63,18 +70,21 @@ def library(source: Path, expressions: tuple[str, ...], build: str) -> Path:
     ------
     RuntimeError
         It does not compile; the message is the compiler's.
+    InputError
+        The checked build is not to be had here.
     """
+    if build == "checked" and (sys.platform != "linux" or "clang" in _version()):  # clang checks no copy of a float4
+        raise InputError("checking kernels needs g++ on Linux; TINYMOE_DEVICE=emulated runs them unchecked")
     entries = "".join(f"EMULATOR_KERNEL({i}, {expression})\n" for i, expression in enumerate(expressions))
     text = f'#include "{source.resolve()}"\n{entries}EMULATOR_LIBRARY\n'
-    # The library's .bss must hold shared memory and nothing else, hence neither start files nor unique symbols.
-    link = ["-shared", "-nostartfiles", "-nostdlib", "-Wl,-Bsymbolic", str(runtime())]
-    return _built(f"{source.stem}-{build}", [source, *source.parent.glob("*.h")], KERNEL_FLAGS[build], link, text)
+    depends = [source, *source.parent.glob("*.h"), runtime()]
+    return _built(f"{source.stem}-{build}", depends, KERNEL_FLAGS[build], KERNEL_LINK, text)
 
 
 def _built(name: str, sources: list[Path], flags: list[str], link: list[str], text: str) -> Path:
     """Return the library built of ``text`` if given, else of the sources; its name tells all that it depends on."""
-    if "clang" not in _version():
-        flags = ["-fno-gnu-unique", *flags]
+    # g++ would share static variables of templates among libraries; clang++ wants to be asked twice for macros.
+    flags = ["-fdebug-macro" if "clang" in _version() else "-fno-gnu-unique", *flags]
     command = [*compiler(), *FLAGS, *flags, f"-I{INCLUDE}", f"-I{HERE}"]
     digest = hashlib.sha256(repr((_version(), command, link, text)).encode())
     for path in sorted([*sources, *HERE.glob("*.h"), *INCLUDE.glob("*.h")]):

@@ -237,8 +237,15 @@ struct Entry<kernel> {
 #define EMULATOR_KERNEL(number, ...)                                                                             \
     extern "C" void kernel_##number(void **arguments) { emulator::Entry<&__VA_ARGS__>::call(arguments); }        \
     extern "C" const int *kernel_sizes_##number() { return emulator::Entry<&__VA_ARGS__>::sizes; }
+#if defined(__APPLE__)  // whose linker has no such symbols: what nobody wrote in shared memory is zero instead of NaN
+#define EMULATOR_LIBRARY                                                                                         \
+    extern "C" char *library_begin() { return nullptr; }                                                         \
+    extern "C" char *shared_begin() { return nullptr; }                                                          \
+    extern "C" char *library_end() { return nullptr; }
+#else
 #define EMULATOR_LIBRARY                                                                                         \
     extern "C" __attribute__((visibility("hidden"))) char __ehdr_start[], __bss_start[], _end[];                 \
     extern "C" char *library_begin() { return __ehdr_start; }                                                    \
     extern "C" char *shared_begin() { return __bss_start; }                                                      \
     extern "C" char *library_end() { return _end; }
+#endif

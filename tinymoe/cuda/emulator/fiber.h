@@ -8,7 +8,7 @@
 
 namespace emulator {
 
-constexpr size_t STACK_BYTES = 64 << 10;  // of each fiber, the lowest page of it a guard
+constexpr size_t STACK_BYTES = 64 << 10;  // of each fiber; a guard page lies below
 
 // Return the lowest address of fiber i's stack.
 char *stack_of(int i);
