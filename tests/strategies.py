@@ -1,5 +1,6 @@
 """The strategies that the tests share: configurations, ragged routings, and arrays from a drawn seed."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -31,6 +32,24 @@ def configs(draw):
         sliding_window=draw(st.none() | st.integers(1, 80)),
         tie_embeddings=draw(st.booleans()),
         **(dict(aux_loss_coef=draw(coefficients), z_loss_coef=draw(coefficients)) if experts else {}),
+    )
+
+
+@st.composite
+def varied_configs(draw):
+    """Draw a model of any kind whose routing may differ from plain top-k, in some layers or in all."""
+    config = draw(configs())
+    if not config.num_experts:
+        return config
+    by_experts = draw(st.booleans())
+    return dataclasses.replace(
+        config,
+        moe_every=draw(st.integers(1, config.n_layers)),
+        capacity_factor=draw(st.sampled_from([None, 0.5, 1.25])),
+        router_jitter=draw(st.sampled_from([0.0, 0.1])),
+        noisy_top_k=not by_experts and draw(st.booleans()),
+        bias_update_rate=0.0 if by_experts else draw(st.sampled_from([0.0, 0.01])),
+        expert_choice=by_experts,
     )
 
 

@@ -85,6 +85,18 @@ def test_resuming_a_finished_run_reports_it_again_and_changes_no_weight(trained,
     assert contents(trained)["model.safetensors"] == before["model.safetensors"]
 
 
+def test_balancing_is_chosen_on_the_command_line(text, config, tmp_path):
+    chosen = ["--capacity-factor", "1.25", "--router-jitter", "0.01", "--noisy-top-k", "--bias-update-rate", "0.001"]
+    chosen += ["--aux-loss-coef", "0", "--z-loss-coef", "0.001", "--moe-every", "2"]
+    arguments = ["train", "--config", str(config), "--data", str(text), "--out", str(tmp_path / "run"), *chosen]
+    assert cli.main([*arguments, "--steps", "2", "--batch-size", "2", "--seq-len", "8"]) == 0
+    found = Mixtral.from_pretrained(tmp_path / "run").config
+    assert found.capacity_factor == 1.25
+    assert found.noisy_top_k
+    assert (found.router_jitter, found.bias_update_rate) == (0.01, 0.001)
+    assert (found.aux_loss_coef, found.z_loss_coef, found.moe_every) == (0, 0.001, 2)
+
+
 def test_generate_streams_the_prompt_and_what_follows(trained, capsys):
     arguments = ["generate", str(trained), "ba", "--max-new-tokens", "12", "--temperature", "0.9", "--seed", "3"]
     assert cli.main(arguments) == 0
@@ -149,6 +161,7 @@ def test_resume_refuses_changed_text_and_changed_options(trained, text, capsys, 
     before = contents(trained)
     assert "--steps" in refused(capsys, "train", "--resume", trained, "--steps", "9")
     assert "--backend" in refused(capsys, "train", "--resume", trained, "--backend", "cuda")
+    assert "--noisy-top-k" in refused(capsys, "train", "--resume", trained, "--noisy-top-k")
     assert "--dtype" in refused(capsys, "train", "--resume", trained, "--dtype", "float32")
     assert "holds no run" in refused(capsys, "train", "--resume", tmp_path)
     extra = text / "more.txt"
@@ -182,7 +195,7 @@ def test_resume_refuses_changed_text_and_changed_options(trained, text, capsys, 
         ("generate {model} hello --max-new-tokens -3", "max_new_tokens"),
         ("generate {model} hello --max-new-tokens 40000", "context"),
         ("generate {model} hello --seed -1", "--seed"),
-        ("generate {model} hello --show-routing --layer 7", "layers 0 to 1"),
+        ("generate {model} hello --show-routing --layer 7", "from 0 to 1"),
         ("generate {model} hello there --show-routing", "single prompt"),
         ("generate {model} hello --dtype bfloat16", "needs --backend cuda"),
         ("eval {model} {config} --dtype bfloat16", "needs --backend cuda"),

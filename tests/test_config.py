@@ -6,7 +6,7 @@ import math
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import configs
+from strategies import varied_configs
 
 from tinymoe import InputError, MixtralConfig
 from tinymoe.config import HF_KEYS, PRESETS, load_config
@@ -17,8 +17,10 @@ INTEGERS = {  # field -> the least it may be
     "num_experts": 0,
     "top_k_experts": 1,
     "sliding_window": 1,
+    "moe_every": 1,
 }
-NUMBERS = ("rope_theta", "norm_eps", "aux_loss_coef", "z_loss_coef")
+NUMBERS = ("rope_theta", "norm_eps", "aux_loss_coef", "z_loss_coef", "router_jitter", "bias_update_rate")
+FLAGS = ("tie_embeddings", "noisy_top_k", "expert_choice")
 JUNK = [
     True,
     False,
@@ -125,14 +127,14 @@ def test_small_presets_are_as_large_as_they_say(preset, millions):
     assert config.vocab_size == 256
 
 
-@given(configs())
+@given(varied_configs())
 def test_counts_are_the_sums_over_the_parameters(config):
     shapes = list(config.parameter_shapes())
     assert len(dict(shapes)) == len(shapes)
     assert config.count_parameters() == sum(math.prod(shape) for _, shape in shapes)
     active = 0
     for name, shape in shapes:
-        expert = name.rpartition(".")[0].endswith("moe") and not name.endswith("gate")
+        expert = name.endswith(("moe.w1", "moe.w2", "moe.w3"))
         active += config.top_k_experts * math.prod(shape[1:]) if expert else math.prod(shape)
     assert config.count_active_parameters() == active
 
@@ -151,7 +153,7 @@ def test_defaults_are_the_papers_table_1():
 # Files.
 
 
-@given(configs())
+@given(varied_configs())
 def test_config_json_reads_back_as_written(config):
     values = json.loads(json.dumps(config.to_hf()))
     assert MixtralConfig.from_hf(values) == config
@@ -267,6 +269,13 @@ def test_a_files_refusal_names_the_file(tmp_path):
         (dict(aux_loss_coef=-0.1), "aux_loss_coef is -0.1; give a number of at least 0"),
         (dict(tie_embeddings="false"), "tie_embeddings is 'false'; give true or false"),
         (dict(tie_embeddings=1), "tie_embeddings is 1; give true or false"),
+        (dict(router_jitter=1.0), "router_jitter is 1.0; give less than 1"),
+        (dict(capacity_factor=0), "capacity_factor is 0; give a number above 0"),
+        (dict(moe_every=3), "moe_every is 3, but there are only 2 layers"),
+        (dict(noisy_top_k=1), "noisy_top_k is 1; give true or false"),
+        (dict(expert_choice=True, noisy_top_k=True), "expert_choice leaves tokens nothing to choose"),
+        (dict(expert_choice=True, bias_update_rate=0.1), "expert_choice leaves tokens nothing to choose"),
+        (dict(num_experts=0, capacity_factor=1.0), "moe_every and balancing need experts"),
         (dict(vocab_size=2**31), "vocab_size is 2147483648; give at least 1 and less than 2³¹"),
         (dict(dim="x" * 1000), "dim is 'xxx"),
         (dict(dim=10**5000), "dim is an integer of thousands of digits; give"),
@@ -276,7 +285,7 @@ def test_impossible_configs_are_refused_with_what_is_possible(changes, says):
     assert refusal(MixtralConfig.tiny, **changes).startswith(says)
 
 
-@given(st.sampled_from([*INTEGERS, *NUMBERS, "tie_embeddings"]), st.sampled_from(JUNK) | st.floats() | st.integers())
+@given(st.sampled_from([*INTEGERS, *NUMBERS, *FLAGS]), st.sampled_from(JUNK) | st.floats() | st.integers())
 @pytest.mark.parametrize("read", ["fields", "config.json"])
 def test_every_value_is_kept_or_refused(read, field, value):
     if read == "fields":
@@ -296,7 +305,8 @@ def test_every_value_is_kept_or_refused(read, field, value):
     elif field in NUMBERS:
         assert type(value) in (int, float)
         assert math.isfinite(value)
-        assert value > 0 or (value == 0 and field.endswith("coef"))
+        assert value > 0 or (value == 0 and field not in ("rope_theta", "norm_eps"))
+        assert value < 1 or field != "router_jitter"
     else:
         assert type(value) is bool
 

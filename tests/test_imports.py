@@ -19,9 +19,9 @@ FLOORS = [
     {"errors"},
     {"atomic", "config", "workers"},
     {"reference", "cuda"},
-    {"balance", "block", "cache", "checkpoint", "corpora", "data", "model", "optimizer", "tokenizer"},
+    {"balance", "block", "cache", "checkpoint", "corpora", "data", "examples", "model", "optimizer", "tokenizer"},
     {"analysis", "bench", "doctor", "generation", "instruct", "progress", "report", "runs", "scale", "training"}
-    | {"writing"},
+    | {"writing", "experiments"},
     {"cli"},
 ]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from strategies import configs
+from strategies import configs, varied_configs
 
 from tinymoe import MixtralConfig
 from tinymoe.config import PRESETS, load_config
@@ -26,14 +26,14 @@ MACHINE = Device("this machine", 16 * 10**9, 20e9, 100e9, 100e9, "measured")
 PART_OF = {
     "tok_embeddings": "embedding",
     "output": "output_head",
-    "gate": "router",
+    **dict.fromkeys(("gate", "noise", "bias"), "router"),
     **dict.fromkeys(("wq", "wk", "wv", "wo"), "attention"),
     **dict.fromkeys(("w1", "w2", "w3"), "feed_forward"),
     **dict.fromkeys(("norm", "attention_norm", "ffn_norm"), "norms"),
 }
 
 
-@given(configs())
+@given(varied_configs())
 def test_every_parameter_is_in_exactly_one_part(config):
     counted = dict.fromkeys(PART_OF.values(), 0)
     for name, shape in config.parameter_shapes():

@@ -47,6 +47,36 @@ def without_speed(run):
     return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
 
 
+def test_bias_moves_against_the_load_and_is_saved(text, tmp_path):
+    config = MixtralConfig(**MICRO, bias_update_rate=0.01, aux_loss_coef=0.0, capacity_factor=1.0)
+    whole = start(tmp_path / "whole", config=config, steps=7)
+    model, _ = training.train(whole, *text)
+    lines = runs.read_metrics(whole.directory / runs.METRICS)
+    expected = sum(0.01 * np.sign(0.25 - np.array(line["expert_load"])) for line in lines)  # (L, E)
+    for layer in range(2):
+        np.testing.assert_allclose(model.params[f"layers.{layer}.moe.bias"], expected[layer], atol=1e-6)
+    assert all(0 <= share < 1 for line in lines for share in line["dropped"])
+    opened = Mixtral.from_pretrained(whole.directory)
+    assert opened.config == config
+    assert same(opened.params, model.params)
+
+
+@pytest.mark.parametrize("balancing", [dict(router_jitter=0.1, noisy_top_k=True), dict(expert_choice=True)])
+def test_noise_repeats_so_that_a_resumed_run_is_the_same(text, tmp_path, balancing):
+    whole = start(tmp_path / "whole", config=MixtralConfig(**MICRO, **balancing), steps=6)
+    training.train(whole, *text)
+    stopped = start(tmp_path / "stopped", config=MixtralConfig(**MICRO, **balancing), steps=6)
+
+    def stop(line):
+        if line["step"] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert training.train(stopped, *text, report=stop)[1] == 4
+    training.train(runs.open_run(stopped.directory), *text)
+    assert same(weights(whole), weights(stopped))
+    assert without_speed(whole) == without_speed(stopped)
+
+
 def test_schedule_warms_up_then_falls_along_a_cosine_to_a_tenth():
     options = training.Options(steps=110, warmup=10, learning_rate=1.0)
     rates = [training.learning_rate(step, options) for step in range(111)]

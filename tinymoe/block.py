@@ -34,7 +34,7 @@ def block(
     shape: tuple[int, int],
     rotation: Array,
     attend: Attend,
-    moe: Any = None,
+    moe: Any,
 ) -> tuple[Array, BlockSaved]:
     """Compute y = x + attention(norm(x)), then out = y + feed-forward(norm(y)).
 
@@ -55,7 +55,7 @@ def block(
     attend
         Attention over the sequences themselves, or over a cache.
     moe
-        In place of the backend's ``moe``: its ``moe_decode``, for a single token.
+        The backend's mixture: its ``moe``, ``moe_decode`` or ``varied_moe``; None in a block without experts.
 
     Returns
     -------
@@ -74,9 +74,9 @@ def block(
     y, wo = ops.linear(o.reshape(len(x), -1), weights("attention.wo"))
     y += x
     h, ffn_norm = ops.rmsnorm(y, weights("ffn_norm"), config.norm_eps)
-    if config.num_experts:
+    if moe:
         of_experts = (weights(f"moe.{w}") for w in ("gate", "w1", "w2", "w3"))
-        out, ffn = (moe or ops.moe)(h, *of_experts, config.top_k_experts)
+        out, ffn = moe(h, *of_experts, config.top_k_experts)
     else:
         out, ffn = ops.ffn(h, *(weights(f"ffn.{w}") for w in ("w1", "w2", "w3")))
     out += y
@@ -84,7 +84,7 @@ def block(
 
 
 def block_backward(
-    ops: Any, config: MixtralConfig, dout: Array, dlogits: Array | None, saved: BlockSaved
+    ops: Any, dout: Array, dlogits: Array | None, saved: BlockSaved, moe_backward: Any
 ) -> tuple[Array, dict[str, Array]]:
     """Return dx (N, D) and the gradients of the block's parameters by name.
 
@@ -94,11 +94,13 @@ def block_backward(
         (N, D).
     dlogits
         (N, E), the balance losses' gradient of the router's logits; None when there are none.
+    moe_backward
+        Of the mixture that `block` was given; None in a block without experts.
     """
     grads: dict[str, Array] = {}
-    if config.num_experts:
-        dh, *of_weights = ops.moe_backward(dout, dlogits, saved.ffn)
-        grads |= zip(("moe.gate", "moe.w1", "moe.w2", "moe.w3"), of_weights)
+    if moe_backward:
+        dh, *of_weights = moe_backward(dout, dlogits, saved.ffn)
+        grads |= zip(("moe.gate", "moe.w1", "moe.w2", "moe.w3", "moe.noise"), of_weights)
     else:
         dh, *of_weights = ops.ffn_backward(dout, saved.ffn)
         grads |= zip(("ffn.w1", "ffn.w2", "ffn.w3"), of_weights)

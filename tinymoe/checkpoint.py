@@ -41,6 +41,8 @@ LAYER = {
     "moe.w1": ("block_sparse_moe.experts.{e}.w1.weight", "feed_forward.experts.{e}.w1.weight"),
     "moe.w2": ("block_sparse_moe.experts.{e}.w2.weight", "feed_forward.experts.{e}.w2.weight"),
     "moe.w3": ("block_sparse_moe.experts.{e}.w3.weight", "feed_forward.experts.{e}.w3.weight"),
+    "moe.noise": ("block_sparse_moe.gate.noise.weight", "feed_forward.gate.noise.weight"),
+    "moe.bias": ("block_sparse_moe.gate.e_score_correction_bias", "feed_forward.gate.e_score_correction_bias"),
     "ffn.w1": ("mlp.gate_proj.weight", "feed_forward.w1.weight"),
     "ffn.w2": ("mlp.down_proj.weight", "feed_forward.w2.weight"),
     "ffn.w3": ("mlp.up_proj.weight", "feed_forward.w3.weight"),
@@ -330,6 +332,7 @@ def save(
     config: MixtralConfig,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    eos_token: int | None = None,
 ) -> None:
     """Write config.json and the weights in transformers' layout, each file replaced whole or not at all.
 
@@ -341,6 +344,8 @@ def save(
         float64, float32, float16 or bfloat16; None: that of the parameters.
     shard_bytes
         Above this size the weights are cut into shards with an index.
+    eos_token
+        What config.json says ends a text.
 
     Raises
     ------
@@ -353,7 +358,8 @@ def save(
     shards = _shards(_converted(to_hf(params, config), SAVED[dtype]), shard_bytes)
     try:
         _replace_weights(Path(directory), shards)
-        write_json(Path(directory) / "config.json", config.to_hf() | {"dtype": dtype})
+        values = config.to_hf() | {"dtype": dtype, "eos_token_id": eos_token}
+        write_json(Path(directory) / "config.json", values)
     except OSError as error:
         raise InputError(f"cannot write to {directory}: {error.strerror or error}") from None
 

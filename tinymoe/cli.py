@@ -12,9 +12,13 @@ from tinymoe import __version__
 from tinymoe.errors import InputError
 
 if TYPE_CHECKING:
-    from tinymoe.data import Corpus
+    from collections.abc import Sequence
+
+    from tinymoe.data import Corpus, Document
+    from tinymoe.examples import Examples
     from tinymoe.model import Mixtral
     from tinymoe.runs import Run
+    from tinymoe.tokenizer import Tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,26 +48,39 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from tinymoe import report, runs, training
+    from tinymoe import instruct, report, runs, training
+    from tinymoe.examples import Examples
     from tinymoe.progress import TrainingProgress
     from tinymoe.tokenizer import load_tokenizer
 
     if options.resume:
-        run, corpus = _resumed(options)
+        run, data = _resumed(options)
+    elif options.objective in ("sft", "dpo"):
+        run, data = _started_from(options)
+    elif options.init is not None or options.beta is not None:
+        raise InputError("--init and --beta go with --objective sft or dpo: pre-training starts from random weights")
     else:
-        run, corpus = _started(options)
+        run, data = _started(options)
     tokenizer = load_tokenizer(run.directory, run.config.vocab_size)
-    tokens, held_out = corpus.train_tokens(tokenizer), corpus.held_out_tokens(tokenizer)
     steps, done = run.manifest["options"]["steps"], runs.steps_done(run)
     with TrainingProgress(steps, done) as progress:
-        model, reached = training.train(run, tokens, held_out, progress)
+        if isinstance(data, Examples):
+            model, reached = instruct.train(run, data, progress)
+        else:
+            tokens, held_out = data.train_tokens(tokenizer), data.held_out_tokens(tokenizer)
+            model, reached = training.train(run, tokens, held_out, progress)
     lines = runs.read_metrics(run.directory / runs.METRICS)
     if lines:
-        report.plot(lines, run.directory / "loss.png")
+        dpo = isinstance(data, Examples) and data.objective == "dpo"
+        report.plot(lines, run.directory / "loss.png", "nats per pair" if dpo else "nats per token")
     if reached < steps:
         print(f"stopped after step {reached} of {steps} and saved; go on with: tinymoe train --resume {run.directory}")
         return
-    _report(run, model, corpus)
+    if isinstance(data, Examples):
+        print("\n" + "\n".join(instruct.summary(run, model, data, tokenizer)))
+        print(f"\nThe run is in {run.directory}: loss.png shows it, and tinymoe generate answers a prompt.")
+        return
+    _report(run, model, data)
     print(f"\nThe run is in {run.directory}: loss.png shows it, and this writes on:")
     print(f"  tinymoe generate {shlex.quote(str(run.directory))} 'def ' --temperature 0.8 --show-routing")
 
@@ -76,8 +93,11 @@ def _started(options: argparse.Namespace) -> "tuple[Run, Corpus]":
 
     name, backend, dtype = options.config or "small", options.backend or "reference", options.dtype or "float32"
     _check_dtype(dtype, backend)
-    config = load_config(name)
-    given = {name: value for name, value in vars(options).items() if name in _OPTIONS and value is not None}
+    given, changes = (
+        {name: value for name, value in vars(options).items() if name in names and value is not None}
+        for names in (_OPTIONS, _BALANCING)
+    )
+    config = dataclasses.replace(load_config(name), **changes)
     wanted = training.Options(**given)
     if wanted.seq_len > config.context_len:
         raise InputError(f"--seq-len {wanted.seq_len} exceeds the context of {config.context_len}: give less")
@@ -107,17 +127,50 @@ def _started(options: argparse.Namespace) -> "tuple[Run, Corpus]":
     return run, corpus
 
 
-def _resumed(options: argparse.Namespace) -> "tuple[Run, Corpus]":
-    from tinymoe import runs
+def _started_from(options: argparse.Namespace) -> "tuple[Run, Examples]":
+    """Make a run that fine-tunes the model of --init."""
+    from tinymoe import instruct, training
 
-    fixed = [
-        name
-        for name in (*_OPTIONS, "config", "data", "out", "minutes", "workers", "tokenizer", "backend", "dtype")
-        if getattr(options, name) is not None
-    ]
+    name, backend, dtype = options.objective, options.backend or "reference", options.dtype or "float32"
+    _check_dtype(dtype, backend)
+    for other in ("config", "tokenizer", "minutes", *_BALANCING):
+        if getattr(options, other) is not None:
+            raise InputError(f"--{other.replace('_', '-')} goes with pre-training: --init has the model, leave it out")
+    if options.init is None:
+        raise InputError(f"--objective {name} needs --init RUN: the run or model directory to start from")
+    if options.data is None or len(options.data) != 1:
+        raise InputError(f"--objective {name} needs --data FILE.jsonl: one file of examples")
+    if options.beta is not None and name != "dpo":
+        raise InputError("--beta goes with --objective dpo: leave it out")
+    given = {name: value for name, value in vars(options).items() if name in _OPTIONS and value is not None}
+    wanted = training.Options(**(instruct.DEFAULTS[name] | given))
+    if options.warmup is None:
+        wanted = dataclasses.replace(wanted, warmup=min(wanted.warmup, wanted.steps // 10))
+    directory = Path(options.out or Path("runs") / name)
+    run, examples = instruct.create(
+        *(directory, name, options.init, options.data[0], wanted),
+        *(0.1 if options.beta is None else options.beta, options.workers),
+        *(shlex.join(["tinymoe", *sys.argv[1:]]), backend, dtype),
+    )
+    print(
+        f"{name} of {options.init} on {len(examples.train):,} examples, {len(examples.held_out):,} held out, for "
+        f"{wanted.steps:,} steps of {wanted.batch_size * wanted.accumulate}, in {directory}",
+        flush=True,
+    )
+    return run, examples
+
+
+def _resumed(options: argparse.Namespace) -> "tuple[Run, Corpus | Examples]":
+    from tinymoe import instruct, runs
+
+    others = ("config", "data", "out", "minutes", "workers", "tokenizer", "backend", "dtype")
+    names = (*_OPTIONS, *_BALANCING, *others, "objective", "init", "beta")
+    fixed = [name for name in names if getattr(options, name) is not None]
     if fixed:
         raise InputError(f"--{fixed[0].replace('_', '-')} cannot go with --resume: the run's manifest fixes it")
     run = runs.open_run(Path(options.resume))
+    if run.manifest["objective"]:
+        return run, instruct.examples_of(run)
     corpus = _corpus(run.manifest["data"].get("paths"))
     if corpus.manifest()["domains"] != run.manifest["data"].get("domains"):
         raise InputError(
@@ -175,29 +228,11 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from tinymoe import runs, training
-    from tinymoe.corpora import read_documents
+    from tinymoe import training
     from tinymoe.data import held_out_windows
-    from tinymoe.model import Mixtral
-    from tinymoe.tokenizer import load_tokenizer
 
-    _check_dtype(options.dtype, options.backend)
-    directory = Path(options.model)
-    is_run = (directory / runs.MANIFEST).is_file()
-    model = Mixtral.from_pretrained(directory, backend=options.backend, dtype=options.dtype, mmap=options.mmap)
-    tokenizer = load_tokenizer(directory, model.config.vocab_size)
-    if options.files:
-        texts = {path: [document.text for document in read_documents(path)] for path in options.files}
-    elif is_run:
-        corpus = _resumed_corpus(directory)
-        texts = {name: [document.text for document in documents] for name, documents in corpus.held_out.items()}
-    else:
-        raise InputError("no text to evaluate on: name at least one file or folder")
-    trained = runs.open_run(directory).manifest["options"].get("seq_len") if is_run else None
-    default = trained or min(model.config.context_len, 1024)
-    seq_len = default if options.seq_len is None else options.seq_len
-    if not 1 <= seq_len <= model.config.context_len:
-        raise InputError(f"--seq-len is {seq_len}; give from 1 to the context of {model.config.context_len}")
+    model, tokenizer, documents_of, seq_len = _opened(options)
+    texts = {name: [document.text for document in documents] for name, documents in documents_of.items()}
     print(f"{'loss':>8} {'perplexity':>11} {'bits/byte':>10}   in windows of {seq_len} tokens")
     for name, documents in texts.items():
         tokens = [tokenizer.encode(text) for text in documents]
@@ -208,10 +243,40 @@ def _eval(options: argparse.Namespace) -> None:
         print(f"{loss:8.4f} {training.perplexity(loss):11.3f} {bits:10.4f}   {name}")
 
 
-def _resumed_corpus(directory: Path) -> "Corpus":
-    from tinymoe import runs
+def _analyze(options: argparse.Namespace) -> None:
+    from tinymoe import analysis
 
-    return _corpus(runs.open_run(directory).manifest["data"].get("paths"))
+    model, tokenizer, texts, seq_len = _opened(options)
+    directory = Path(options.model)
+    folder = Path(options.out) if options.out else directory / "analysis"
+    analysis.command(model, tokenizer, texts, seq_len, folder, directory.resolve().name, options.tokens)
+
+
+def _opened(options: argparse.Namespace) -> "tuple[Mixtral, Tokenizer, dict[str, Sequence[Document]], int]":
+    """Return the model, its tokenizer, the documents to read by name, and the tokens in a window."""
+    from tinymoe import runs
+    from tinymoe.corpora import read_documents
+    from tinymoe.model import Mixtral
+    from tinymoe.tokenizer import load_tokenizer
+
+    _check_dtype(options.dtype, options.backend)
+    directory = Path(options.model)
+    run = runs.open_run(directory) if (directory / runs.MANIFEST).is_file() else None
+    model = Mixtral.from_pretrained(directory, backend=options.backend, dtype=options.dtype, mmap=options.mmap)
+    tokenizer = load_tokenizer(directory, model.config.vocab_size)
+    texts: dict[str, Sequence[Document]]
+    if options.files:
+        texts = {path: read_documents(path) for path in options.files}
+    elif run and not run.manifest["objective"]:
+        texts = dict(_corpus(run.manifest["data"].get("paths")).held_out)
+    else:
+        raise InputError("no text is given, and this is no run with text of its own: name at least one file or folder")
+    trained = run.manifest["options"].get("seq_len") if run else None
+    default = trained or min(model.config.context_len, 1024)
+    seq_len = default if options.seq_len is None else options.seq_len
+    if not 1 <= seq_len <= model.config.context_len:
+        raise InputError(f"--seq-len is {seq_len}; give from 1 to the context of {model.config.context_len}")
+    return model, tokenizer, texts, seq_len
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -275,6 +340,22 @@ _OPTIONS = {  # of training.Options: help, in the order shown; the defaults stan
     "save_every": (int, "steps between saves (100)"),
     "seed": (int, "of weights and batches (0)"),
 }
+_BALANCING = {  # of MixtralConfig: help; the defaults are the config's
+    "aux_loss_coef": (float, "weight of the Switch balance loss"),
+    "z_loss_coef": (float, "weight of the router z-loss"),
+    "capacity_factor": (float, "an expert takes at most this times its fair share of a batch, the rest is dropped"),
+    "router_jitter": (float, "multiply the router's input by uniform noise up to so far from 1"),
+    "noisy_top_k": (bool, "add normal noise of a learnt scale to the router's logits"),
+    "bias_update_rate": (float, "move a bias of the selection so far at each step, against the load"),
+    "expert_choice": (bool, "let experts choose tokens; not causal: to compare, not to write"),
+    "moe_every": (int, "experts in every so many layers only (1)"),
+}
+
+
+_OBJECTIVE = (
+    "pretrain on text (the default); sft: fine-tune on the answers of --data FILE.jsonl, one object a line of prompt "
+    "and answer; dpo: prefer by one of prompt, chosen and rejected"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -302,8 +383,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--workers", type=_count, help="threads that share a batch (one per core)")
     train.add_argument("--backend", choices=_BACKENDS, help="reference (NumPy) or cuda")
     train.add_argument("--dtype", choices=_DTYPES, help="of the weights: float32 or, on cuda, bfloat16 (float32)")
-    for name, (kind, text) in _OPTIONS.items():
-        train.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    train.add_argument("--objective", choices=("pretrain", "sft", "dpo"), help=_OBJECTIVE)
+    train.add_argument("--init", metavar="RUN", help="sft, dpo: the run or model directory to start from")
+    train.add_argument("--beta", type=_positive, help="dpo: how strongly the model is held to that of --init (0.1)")
+    for name, (kind, text) in (_OPTIONS | _BALANCING).items():
+        how: dict[str, Any] = dict(action="store_true", default=None) if kind is bool else dict(type=kind)
+        train.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
 
     generate = add("generate", _generate, "let a model write on from a prompt")
     generate.add_argument("model", metavar="RUN", help="run or model directory")
@@ -320,12 +405,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--dtype", choices=_DTYPES, default="float32", help="to compute in; bfloat16 only on cuda")
 
     evaluate = add("eval", _eval, "measure a model's loss on text")
-    evaluate.add_argument("model", metavar="RUN", help="run or model directory")
-    evaluate.add_argument("files", nargs="*", metavar="FILE", help="text files or folders (a run's held-out text)")
-    evaluate.add_argument("--seq-len", type=int, help="tokens in a window (as trained, or at most 1024)")
-    evaluate.add_argument("--mmap", action="store_true", help="leave the weights on disk: for models beyond memory")
-    evaluate.add_argument("--backend", choices=_BACKENDS, default="reference", help="reference (NumPy) or cuda")
-    evaluate.add_argument("--dtype", choices=_DTYPES, default="float32", help="to compute in; bfloat16 only on cuda")
+    analyze = add("analyze", _analyze, "show which expert gets which token: statistics, figures, an HTML explorer")
+    analyze.add_argument("--out", metavar="DIR", help="folder to write to (analysis, in RUN)")
+    analyze.add_argument("--tokens", type=int, default=50_000, help="the most to read of each text (50000)")
+    for command in (evaluate, analyze):
+        command.add_argument("model", metavar="RUN", help="run or model directory")
+        command.add_argument("files", nargs="*", metavar="FILE", help="text files or folders (a run's held-out text)")
+        command.add_argument("--seq-len", type=int, help="tokens in a window (as trained, or at most 1024)")
+        command.add_argument("--mmap", action="store_true", help="leave the weights on disk: for models beyond memory")
+        command.add_argument("--backend", choices=_BACKENDS, default="reference", help="reference (NumPy) or cuda")
+        command.add_argument("--dtype", choices=_DTYPES, default="float32", help="to compute in; bfloat16 only on cuda")
 
     plan = add("plan", _plan, "count parameters, bytes and FLOPs, and say what fits where")
     plan.add_argument("config", metavar="CONFIG", help="preset, config.json or model directory")

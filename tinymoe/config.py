@@ -27,9 +27,17 @@ HF_KEYS = {
     "sliding_window": "sliding_window",
     "tie_embeddings": "tie_word_embeddings",
     "aux_loss_coef": "router_aux_loss_coef",
-    "z_loss_coef": "router_z_loss_coef",  # ours: transformers has no z-loss, and keeps keys that it does not know
+    # Ours: transformers keeps keys that it does not know. They are written only where they differ from the default.
+    "z_loss_coef": "router_z_loss_coef",
+    "moe_every": "moe_every",
+    "capacity_factor": "router_capacity_factor",
+    "router_jitter": "router_jitter",
+    "noisy_top_k": "router_noisy_top_k",
+    "bias_update_rate": "router_bias_update_rate",
+    "expert_choice": "router_expert_choice",
 }
-MOE_ONLY = {"num_experts", "top_k_experts", "aux_loss_coef", "z_loss_coef"}
+OURS = tuple(HF_KEYS)[list(HF_KEYS).index("z_loss_coef") :]
+MOE_ONLY = {"num_experts", "top_k_experts", "aux_loss_coef", *OURS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +61,20 @@ class MixtralConfig:
         The output head is the embedding matrix.
     aux_loss_coef, z_loss_coef
         Weights of the Switch balance loss and of the router z-loss, each averaged over layers.
+    moe_every
+        Every so many blocks one has experts, and the others one dense feed-forward; 1, as in Mixtral: all have.
+    capacity_factor
+        c: in training an expert takes at most ⌈c · N·k/E⌉ of a batch's assignments, and what overflows skips the
+        block; None: all that come. With ``expert_choice`` each takes just as many (c is 1 if None).
+    router_jitter
+        ε: in training the router's input is multiplied by noise, uniform in [1 − ε, 1 + ε].
+    noisy_top_k
+        In training normal noise is added to the router's logits, of a scale that is learnt.
+    bias_update_rate
+        γ: a bias by expert is added to the router's probabilities for the selection only, and after each step moved by
+        γ towards balance; 0: there is none.
+    expert_choice
+        Experts choose tokens. Not causal: fit to compare, not to write.
 
     Raises
     ------
@@ -76,6 +98,12 @@ class MixtralConfig:
     tie_embeddings: bool = False
     aux_loss_coef: float = 0.01
     z_loss_coef: float = 0.0
+    moe_every: int = 1
+    capacity_factor: float | None = None
+    router_jitter: float = 0.0
+    noisy_top_k: bool = False
+    bias_update_rate: float = 0.0
+    expert_choice: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "hidden_dim", "n_heads", "n_kv_heads", "context_len", "vocab_size"):
@@ -106,8 +134,24 @@ class MixtralConfig:
         _require_number("norm_eps", self.norm_eps, above=0)
         _require_number("aux_loss_coef", self.aux_loss_coef, least=0)
         _require_number("z_loss_coef", self.z_loss_coef, least=0)
-        if not isinstance(self.tie_embeddings, bool):
-            raise InputError(f"tie_embeddings is {_short(self.tie_embeddings)}; give true or false")
+        _require_number("router_jitter", self.router_jitter, least=0)
+        _require_number("bias_update_rate", self.bias_update_rate, least=0)
+        if self.capacity_factor is not None:
+            _require_number("capacity_factor", self.capacity_factor, above=0)
+        _require_integer("moe_every", self.moe_every, least=1)
+        for name in ("tie_embeddings", "noisy_top_k", "expert_choice"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is {_short(getattr(self, name))}; give true or false")
+        if self.num_experts == 0 and any(getattr(self, name) != _DEFAULTS[name] for name in OURS[1:]):
+            raise InputError("moe_every and balancing need experts: this model has none (num_experts is 0)")
+        if self.router_jitter >= 1:
+            raise InputError(f"router_jitter is {self.router_jitter}; give less than 1, or it turns inputs around")
+        if self.moe_every > self.n_layers:
+            raise InputError(
+                f"moe_every is {self.moe_every}, but there are only {self.n_layers} layers: none has experts"
+            )
+        if self.expert_choice and (self.noisy_top_k or self.bias_update_rate):
+            raise InputError("expert_choice leaves tokens nothing to choose: turn off noisy_top_k and bias_update_rate")
 
     # Presets. Each takes changes by name: MixtralConfig.tiny(num_experts=4).
 
@@ -145,8 +189,17 @@ class MixtralConfig:
 
     # Parameters.
 
-    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return name → shape of the parameters of one block, without the ``layers.N.`` in front."""
+    def has_experts(self, layer: int) -> bool:
+        """Return whether a block's feed-forward is a mixture: with ``moe_every`` n the last of each n blocks."""
+        return self.num_experts > 0 and layer % self.moe_every == self.moe_every - 1
+
+    @property
+    def moe_layers(self) -> range:
+        """The layers that have experts."""
+        return range(self.moe_every - 1, self.n_layers if self.num_experts else 0, self.moe_every)
+
+    def layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Return name → shape of the parameters of a block, without the ``layers.N.`` in front."""
         D, K, F, E = self.dim, self.head_dim, self.hidden_dim, self.num_experts
         shapes: dict[str, tuple[int, ...]] = {
             "attention_norm": (D,),
@@ -156,15 +209,17 @@ class MixtralConfig:
             "attention.wo": (D, self.n_heads * K),
             "ffn_norm": (D,),
         }
-        if E:
-            return shapes | {"moe.gate": (E, D), "moe.w1": (E, F, D), "moe.w2": (E, D, F), "moe.w3": (E, F, D)}
+        if self.has_experts(layer):
+            shapes |= {"moe.gate": (E, D), "moe.w1": (E, F, D), "moe.w2": (E, D, F), "moe.w3": (E, F, D)}
+            noise = {"moe.noise": (E, D)} if self.noisy_top_k else {}
+            return shapes | noise | ({"moe.bias": (E,)} if self.bias_update_rate else {})
         return shapes | {"ffn.w1": (F, D), "ffn.w2": (D, F), "ffn.w3": (F, D)}
 
     def parameter_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield (name, shape) of every parameter, in the order of the forward pass."""
         yield "tok_embeddings", (self.vocab_size, self.dim)
         for layer in range(self.n_layers):
-            for name, shape in self.layer_shapes().items():
+            for name, shape in self.layer_shapes(layer).items():
                 yield f"layers.{layer}.{name}", shape
         yield "norm", (self.dim,)
         if not self.tie_embeddings:
@@ -173,12 +228,14 @@ class MixtralConfig:
     def count_parameters(self) -> int:
         """Return the exact number of parameters, without allocating any (46,702,792,704 for 8x7B)."""
         embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.dim
-        return embeddings + self.dim + self.n_layers * sum(map(math.prod, self.layer_shapes().values()))
+        kinds = [(len(self.moe_layers), self.moe_every - 1), (self.n_layers - len(self.moe_layers), 0)]
+        blocks = sum(n * sum(map(math.prod, self.layer_shapes(layer).values())) for n, layer in kinds if n)
+        return embeddings + self.dim + blocks
 
     def count_active_parameters(self) -> int:
         """Return the number of parameters that one token uses: k of the E experts (12,879,925,248 for 8x7B)."""
         expert = 3 * self.hidden_dim * self.dim
-        return self.count_parameters() - self.n_layers * (self.num_experts - self.top_k_experts) * expert
+        return self.count_parameters() - len(self.moe_layers) * (self.num_experts - self.top_k_experts) * expert
 
     # Files.
 
@@ -189,7 +246,7 @@ class MixtralConfig:
         values = {
             key: getattr(self, name)
             for name, key in HF_KEYS.items()
-            if not (dense and name in MOE_ONLY) and not (name == "z_loss_coef" and self.z_loss_coef == 0)
+            if not (dense and name in MOE_ONLY) and not (name in OURS and getattr(self, name) == _DEFAULTS[name])
         }
         return {
             "architectures": [f"{kind}ForCausalLM"],
@@ -263,6 +320,7 @@ class MixtralConfig:
             raise InputError(f"{path}: {error}") from None
 
 
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(MixtralConfig)}
 PRESETS = ("tiny", "small", "mixtral_8x7b", "mixtral_8x22b", "mistral_7b")
 
 

@@ -109,7 +109,7 @@ def longest(documents: Sequence[Document]) -> bytes:
     return max((document.text for document in documents), key=len)
 
 
-def plot(lines: list[dict[str, Any]], path: Path) -> None:
+def plot(lines: list[dict[str, Any]], path: Path, unit: str = "nats per token") -> None:
     """Draw loss.png from the lines of the metrics: the loss, and the load of each expert in every layer over time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -123,7 +123,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     axes[0].plot(steps, [line["train_loss"] for line in lines], linewidth=0.7, alpha=0.6, label="training batch")
     evaluated = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
     axes[0].plot(*zip(*evaluated), "o-", markersize=3, label="held out") if evaluated else None
-    axes[0].set(ylabel="loss (nats per token)", title="Loss, and the share of assignments that each expert gets")
+    axes[0].set(ylabel=f"loss ({unit})", title="Loss, and the share of assignments that each expert gets")
     axes[0].legend()
     axes[0].grid(alpha=0.3)
     for axis, layer in zip(axes[1:], layers):

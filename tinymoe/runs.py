@@ -36,8 +36,12 @@ def create(
     command: str,
     backend: str = "reference",
     dtype: str = "float32",
+    objective: dict[str, Any] | None = None,
 ) -> Run:
     """Make a new run; from its manifest on, written last, it exists and can be resumed.
+
+    ``objective`` is that of `tinymoe.instruct`: its name, the model to start from and its SHA-256, the token that ends
+    an answer, and beta for DPO; None: pre-training on text.
 
     Raises
     ------
@@ -56,10 +60,12 @@ def create(
         "dtype": dtype,
         "options": options,
         "data": data,
+        "objective": objective,
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(directory / "config.json", config.to_hf() | {"dtype": dtype})
+        end = {"eos_token_id": _end_token(manifest)}
+        atomic.write_json(directory / "config.json", config.to_hf() | {"dtype": dtype} | end)
         atomic.write_json(directory / MANIFEST, manifest)
     except OSError as error:
         raise InputError(f"cannot write to {directory}: {error.strerror or error}") from None
@@ -100,6 +106,10 @@ def open_run(directory: Path) -> Run:
         raise InputError(
             f"{directory / MANIFEST} has the dtype {dtype!r}; {backend} computes in {' or '.join(DTYPES[backend])}"
         )
+    objective = manifest.setdefault("objective", None)
+    keys = {"name", "init", "init_sha256", "end_token"}
+    if objective is not None and not (isinstance(objective, dict) and keys <= objective.keys()):
+        raise InputError(f"{directory / MANIFEST} has the objective {objective!r}; it needs {', '.join(sorted(keys))}")
     return Run(directory, MixtralConfig.from_file(directory / "config.json"), manifest)
 
 
@@ -119,7 +129,11 @@ def save(run: Run, model: Mixtral, optimizer: AdamW) -> None:
         atomic.write_tensors(run.directory / STATE, arrays, {"step": str(optimizer.steps)})
     except OSError as error:
         raise InputError(f"cannot write to {run.directory}: {error.strerror or error}") from None
-    model.save_pretrained(run.directory)
+    model.save_pretrained(run.directory, eos_token=_end_token(run.manifest))
+
+
+def _end_token(manifest: dict[str, Any]) -> int | None:
+    return (manifest.get("objective") or {}).get("end_token")
 
 
 def restore(run: Run, model: Mixtral, optimizer: AdamW) -> None:

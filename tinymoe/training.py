@@ -7,11 +7,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tinymoe import runs
+from tinymoe.balance import moved_biases
 from tinymoe.config import MixtralConfig
 from tinymoe.data import Batches, held_out_windows
 from tinymoe.errors import InputError
@@ -82,6 +83,22 @@ class Options:
         if not isinstance(values, dict) or set(values) != names:
             raise InputError(f"the manifest's options must be {', '.join(sorted(names))}: it is damaged")
         return cls(**values)
+
+
+class Gradients(NamedTuple):
+    """What one batch gives."""
+
+    grads: dict[str, Array]
+    tokens: int  # that it has
+    line: dict[str, float]  # for the metrics: train_loss, and whatever else
+
+
+class Task(NamedTuple):
+    """What a run learns, and how it is measured."""
+
+    batches: Any  # batches[number] depends on the number alone
+    gradients: Callable[[Mixtral, Any], Gradients]  # of a model on a batch
+    evaluate: Callable[[Mixtral], dict[str, float]]  # for the metrics: val_loss on held-out text, and whatever else
 
 
 def learning_rate(step: int, options: Options) -> float:
@@ -167,10 +184,7 @@ def train(
     held_out: Mapping[str, list[Array]],
     report: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> tuple[Mixtral, int]:
-    """Train a run from where it stands to its last step, or until Ctrl-C, and save it.
-
-    The same run gives the same bits however often it is stopped: a batch depends on the seed and the step alone, and
-    the state on disk is whole.
+    """Pre-train a run on text, from where it stands to its last step, or until Ctrl-C: see `learn`.
 
     Parameters
     ----------
@@ -185,10 +199,8 @@ def train(
 
     Returns
     -------
-    model
-        As it stands.
-    steps
-        Taken in all; fewer than the options' when Ctrl-C stopped it.
+    model, steps
+        What `learn` returns.
 
     Raises
     ------
@@ -198,20 +210,58 @@ def train(
     options = Options.from_manifest(run.manifest["options"])
     backend, dtype, workers = (run.manifest[key] for key in ("backend", "dtype", "num_workers"))
     model = Mixtral.init(run.config, options.seed, backend, dtype, workers)
+    batches = Batches(tokens, options.batch_size, options.seq_len, options.seed)
+    windows = sample_windows(held_out, options.seq_len)
+    return learn(run, model, Task(batches, of_text, lambda model: {"val_loss": evaluate(model, windows)[0]}), report)
+
+
+def learn(
+    run: runs.Run,
+    model: Mixtral,
+    task: Task,
+    report: Callable[[dict[str, Any]], None] = lambda line: None,
+) -> tuple[Mixtral, int]:
+    """Train a run from where it stands to its last step, or until Ctrl-C, and save it.
+
+    The same run gives the same bits however often it is stopped: a batch depends on the seed and the step alone, and
+    the state on disk is whole.
+
+    Parameters
+    ----------
+    run
+        From `runs.create` or `runs.open_run`.
+    model
+        With the weights of the first step; if the run has a saved state, it is brought to that.
+    task
+        What to learn.
+    report
+        Called with each line of the metrics.
+
+    Returns
+    -------
+    model
+        As it stands.
+    steps
+        Taken in all; fewer than the options' when Ctrl-C stopped it.
+
+    Raises
+    ------
+    InputError
+        The training diverged, or the directory cannot be written.
+    """
+    options = Options.from_manifest(run.manifest["options"])
     betas = options.beta1, options.beta2
     optimizer = model.ops.AdamW(model.params, betas=betas, weight_decay=options.weight_decay)
     runs.restore(run, model, optimizer)
-    batches = Batches(tokens, options.batch_size, options.seq_len, options.seed)
-    windows = sample_windows(held_out, options.seq_len)
     metrics = runs.Metrics(run, optimizer.steps)
     saved = optimizer.steps
     try:
         with _Stop() as stop:
             while optimizer.steps < options.steps and not stop.asked:
-                line = _step(model, optimizer, batches, options)
+                line = take_step(model, optimizer, task, options)
                 last = optimizer.steps == options.steps
                 if last or optimizer.steps % options.eval_every == 0:
-                    line["val_loss"] = evaluate(model, windows)[0]
+                    line |= task.evaluate(model)
                 metrics.write(line)
                 report(line)
                 if last or stop.asked or optimizer.steps % options.save_every == 0:
@@ -229,45 +279,70 @@ def train(
     return model, optimizer.steps
 
 
-def _step(model: Mixtral, optimizer: AdamW, batches: Batches, options: Options) -> dict[str, Any]:
+def take_step(model: Mixtral, optimizer: AdamW, task: Task, options: Options) -> dict[str, Any]:
     """Take one step and return its line of the metrics."""
     start = time.perf_counter()
-    grads, line = _gradients(model, batches, optimizer.steps, options)
+    grads, line = _gradients(model, task.batches, optimizer.steps, options, task.gradients)
     norm = clip_gradients(grads, options.clip)
     if not math.isfinite(norm):
         raise FloatingPointError(_first_not_finite(model, grads))
     rate = optimizer.learning_rate = learning_rate(optimizer.steps, options)
     optimizer.step(grads)
-    spent = time.perf_counter() - start
-    tokens = options.batch_size * options.seq_len * options.accumulate
+    if model.config.bias_update_rate:
+        _move_biases(model, optimizer, np.array(line["expert_load"]))
+    speed = round(line.pop("tokens") / (time.perf_counter() - start))
     return {
         "step": optimizer.steps,
         **line,
         "learning_rate": rate,
         "grad_norm": norm,
-        "tokens_per_second": round(tokens / spent),
+        "tokens_per_second": speed,
     }
 
 
+def _move_biases(model: Mixtral, optimizer: AdamW, load: Array) -> None:
+    """Move the router's biases against the load of a step, and their masters where the weights have some."""
+    names = {layer: f"layers.{layer}.moe.bias" for layer in model.config.moe_layers}
+    masters = getattr(optimizer, "master", {})
+    before = {layer: model.host(masters.get(name, model.params[name])) for layer, name in names.items()}
+    for layer, bias in moved_biases(before, load, model.config).items():
+        for kept in (model.params, masters):
+            if names[layer] in kept:
+                kept[names[layer]][...] = model.place(bias, kept[names[layer]].dtype)
+
+
+def of_text(model: Mixtral, batch: tuple[Array, Array]) -> Gradients:
+    """Return the gradients of the cross-entropy of every token of a batch."""
+    _, grads = model.loss_and_grads(*batch)
+    assert model.losses is not None
+    return Gradients(grads, batch[0].size, {"train_loss": model.losses.cross_entropy})
+
+
 def _gradients(
-    model: Mixtral, batches: Batches, step: int, options: Options
+    model: Mixtral,
+    batches: Any,
+    step: int,
+    options: Options,
+    of_batch: Callable[[Mixtral, Any], Gradients] = of_text,
 ) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Return the gradients of one step, averaged over its batches, and its losses and load for the metrics.
+    """Return the gradients of one step, averaged over its batches, and its tokens, losses and load for the metrics.
 
     Those of a bfloat16 model come as float32, so that their sum, their norm and the clipping do not round again.
     """
     total: dict[str, Array] = {}
-    cross_entropy = aux = 0.0
-    load = np.zeros((model.config.n_layers, model.config.num_experts))
+    losses: dict[str, float] = {}
+    aux, tokens = 0.0, 0
+    load, dropped = np.zeros((model.config.n_layers, model.config.num_experts)), np.zeros(model.config.n_layers)
     for batch in range(step * options.accumulate, (step + 1) * options.accumulate):
-        inputs, targets = batches[batch]
-        _, grads = model.loss_and_grads(inputs, targets)
+        grads, of_tokens, line = of_batch(model, batches[batch])
         if model.dtype.name == "bfloat16":
             grads = {name: grad.astype(np.float32) for name, grad in grads.items()}
         assert model.losses is not None
-        cross_entropy += model.losses.cross_entropy / options.accumulate
-        aux += float(model.losses.switch.mean()) / options.accumulate
+        tokens += of_tokens
+        losses = {name: losses.get(name, 0.0) + value / options.accumulate for name, value in line.items()}
+        aux += float(model.losses.switch.sum()) / max(1, len(model.config.moe_layers)) / options.accumulate
         load += model.losses.load / options.accumulate
+        dropped += model.losses.dropped / options.accumulate
         if not total:
             total = grads
         else:
@@ -276,9 +351,12 @@ def _gradients(
     if options.accumulate > 1:
         for grad in total.values():
             grad /= options.accumulate
-    if not math.isfinite(cross_entropy):
-        raise FloatingPointError(_first_not_finite(model, {}, inputs))
-    return total, {"train_loss": cross_entropy, "aux_loss": aux, "expert_load": np.round(load, 5).tolist()}
+    if not math.isfinite(losses["train_loss"]):
+        raise FloatingPointError(_first_not_finite(model, {}, batches[batch][0]))
+    line = {**losses, "tokens": tokens, "aux_loss": aux, "expert_load": np.round(load, 5).tolist()}
+    if model.config.capacity_factor is not None:
+        line["dropped"] = np.round(dropped, 5).tolist()
+    return total, line
 
 
 def _first_not_finite(model: Mixtral, grads: Mapping[str, Array], tokens: Array | None = None) -> str:

@@ -76,9 +76,13 @@ def _write_routing(
         raise InputError("this model is dense: it has no routing to show")
     if len(ids) > 1:
         raise InputError("--show-routing colours a single prompt: give one")
-    layer = config.n_layers // 2 if layer is None else layer
-    if not 0 <= layer < config.n_layers:
-        raise InputError(f"--layer is {layer}; the model has layers 0 to {config.n_layers - 1}")
+    with_experts = config.moe_layers
+    layer = with_experts[len(with_experts) // 2] if layer is None else layer
+    if layer not in with_experts:
+        which = f"every {config.moe_every} " * (config.moe_every > 1)
+        raise InputError(
+            f"--layer is {layer}; the layers with experts are {which}from {with_experts[0]} to {with_experts[-1]}"
+        )
     true = os.environ.get("COLORTERM") in ("truecolor", "24bit")  # with 16 colours, experts would share some
     console = Console(force_terminal=True, color_system="truecolor" if true else "256", soft_wrap=True)
     colours = [expert_colour(expert, config.num_experts) for expert in range(config.num_experts)]
@@ -87,7 +91,7 @@ def _write_routing(
     decoder = tokenizer.stream()
     fed = list(ids[0])  # a token's expert is known once the model has read it, one step after it was written
     for step in stream(model, ids, **options):
-        for token, expert in zip(fed, step.experts[layer][:, 0]):
+        for token, expert in zip(fed, step.experts[with_experts.index(layer)][:, 0]):
             console.print(decoder.feed(token), style=colours[expert], end="", markup=False, highlight=False)
         fed = [token for token in step.tokens if token is not None and token != tokenizer.eos_token]
     tail = "".join(decoder.feed(token) for token in fed) + decoder.finish()

@@ -55,6 +55,13 @@ def test_load_of_nothing_is_zero(where):
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)
+def test_ids_that_name_no_expert_are_not_counted(where):
+    with running(where, ("forward", 0, 0)):
+        load = expert_load(device.array([[0, 3], [1 << 30, 1], [-(1 << 30), -1]], np.int32), 3)
+    assert device.host(load).tolist() == [0.5, 0.5, 0]
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
 @given(logits(), upstream, st.booleans(), orders, rngs)
 def test_switch_loss_equals_the_reference(where, logits, dloss, load_is_host, order, rng):
     load = rng.dirichlet(np.ones(logits.shape[1]))

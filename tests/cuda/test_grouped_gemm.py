@@ -4,7 +4,17 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from emulation import EVERYWHERE, assert_equivalent, assert_same_bits, dtypes, on_device, orders, running
+from emulation import (
+    EVERYWHERE,
+    Order,
+    assert_equivalent,
+    assert_same_bits,
+    doubles,
+    dtypes,
+    on_device,
+    orders,
+    running,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import rngs
@@ -13,8 +23,9 @@ from tinymoe import reference
 from tinymoe.cuda import device
 from tinymoe.cuda.grouped_gemm import RUNGS, grouped_dw, grouped_dx, grouped_linear, grouped_swiglu
 
-sizes = st.integers(1, 20) | st.sampled_from([31, 32, 33, 36, 64])
 TENSOR_CORE = "4_tensor_core"  # takes bfloat16, and sizes that are multiples of 8
+sizes = st.integers(1, 20) | st.sampled_from([31, 32, 33, 36, 64])
+eights = st.integers(1, 20).map(lambda n: 8 * n)
 
 
 @st.composite
@@ -69,8 +80,8 @@ def test_equals_a_product_per_expert(where, rung, data):
     offsets, slots = data.draw(groups())
     if slots == 0:
         return
-    unit = 8 if rung == TENSOR_CORE else 1
-    inner, outer, gathered = unit * data.draw(sizes), unit * data.draw(sizes), data.draw(st.booleans())
+    of = eights if rung == TENSOR_CORE else sizes
+    inner, outer, gathered = data.draw(of), data.draw(of), data.draw(st.booleans())
     dtype = device.BFLOAT16 if rung == TENSOR_CORE else data.draw(dtypes)
     order, rng = data.draw(orders), data.draw(rngs)
     check(where, rung, offsets, slots, inner, outer, gathered, dtype, order, rng)
@@ -81,27 +92,40 @@ def test_equals_a_product_per_expert(where, rung, data):
 @given(dtypes, st.booleans(), orders, rngs)
 @settings(max_examples=4)
 def test_several_tiles_in_every_direction(where, rung, dtype, gathered, order, rng):
-    offsets = np.array([0, 140, 140, 281, 290], np.int32)
+    offsets = np.array([0, 140, 140, 281, 282], np.int32)
     inner, outer = (152, 168) if rung == TENSOR_CORE else (150, 161)
     dtype = device.BFLOAT16 if rung == TENSOR_CORE else dtype
-    check(where, rung, offsets, 295, inner, outer, gathered, dtype, order, rng)
+    check(where, rung, offsets, 290, inner, outer, gathered, dtype, order, rng)
 
 
+@pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("where", EVERYWHERE)
-@given(groups(), sizes, sizes, st.booleans(), orders, rngs)
-@settings(max_examples=10)
-def test_fused_swiglu_equals_the_products_and_the_swiglu(where, drawn, inner, outer, gathered, order, rng):
-    (offsets, slots), tokens = drawn, 7
-    if slots == 0:
-        return
-    inner, outer, E = 8 * inner, 8 * outer, len(offsets) - 1
+def test_infinity_of_an_expert_reaches_no_other_and_meets_no_zero(where, rung):
+    inner, outer = (40, 24) if rung == TENSOR_CORE else (37, 21)
+    dtype = device.BFLOAT16 if rung == TENSOR_CORE else np.float32
+    offsets, infinite = np.array([0, 4, 9, 12, 14], np.int32), np.array([True, False, True, False])
+    in_slots = np.repeat(infinite, np.diff(offsets))
+    x, dy, w = np.ones((14, inner)), np.ones((14, outer)), np.ones((4, outer, inner))
+    x[in_slots], dy[in_slots], w[infinite] = np.inf, np.inf, np.inf
+    with running(where, ("forward", 0, 0)):
+        (x, dy, w), _ = on_device(x, dy, w, dtype=dtype)
+        offsets, rows = on_device(offsets, np.arange(14, dtype=np.int32))[0]
+        y = doubles(grouped_linear(x, w, offsets, rows, using=rung))
+        dx = doubles(grouped_dx(dy, w, offsets, using=rung))
+        dw = doubles(grouped_dw(dy, x, offsets, rows, using=rung))
+    for product, is_infinite in ((y, in_slots), (dx, in_slots), (dw, infinite)):
+        assert np.isposinf(product[is_infinite]).all()
+        assert np.isfinite(product[~is_infinite]).all()
+
+
+def check_fused(where, offsets, slots, inner, outer, gathered, order, rng):
+    tokens, E = 7, len(offsets) - 1
     rows = rng.integers(0, tokens, slots).astype(np.int32) if gathered else np.arange(slots)
-    arrays = [rng.standard_normal(s) / inner**0.25 for s in ((max(tokens, slots), inner), *[(E, outer, inner)] * 2)]
+    x_shape, w_shape = (tokens if gathered else slots, inner), (E, outer, inner)
+    arrays = [rng.standard_normal(shape) / inner**0.25 for shape in (x_shape, w_shape, w_shape)]
     with running(where, order):
         (x, w1, w3), (x64, *weights) = on_device(*arrays, dtype=device.BFLOAT16)
         (there,), index = on_device(offsets)[0], device.array(rows) if gathered else None
-        if not gathered:
-            x, x64 = x[:slots], x64[:slots]
         products = [np.zeros((slots, outer)) for _ in range(2)]
         for product, w in zip(products, weights):
             for e, part in enumerate(by_expert(offsets)):
@@ -109,3 +133,18 @@ def test_fused_swiglu_equals_the_products_and_the_swiglu(where, drawn, inner, ou
         expected = (*products, reference.swiglu(*products)[0])
         for found, wanted in zip(grouped_swiglu(x, w1, w3, there, index), expected, strict=True):
             assert_equivalent(found, wanted)
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+@given(groups(), eights, eights, st.booleans(), orders, rngs)
+@settings(max_examples=10)
+def test_fused_swiglu_equals_the_products_and_the_swiglu(where, drawn, inner, outer, gathered, order, rng):
+    offsets, slots = drawn
+    if slots:
+        check_fused(where, offsets, slots, inner, outer, gathered, order, rng)
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_fused_swiglu_of_several_tiles(where):
+    offsets, order = np.array([0, 130, 130, 195, 196], np.int32), Order("shuffled", 0, 0)
+    check_fused(where, offsets, 200, 40, 72, True, order, np.random.default_rng(0))

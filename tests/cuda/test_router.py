@@ -135,6 +135,74 @@ def test_top_1_sends_exactly_zero_gradient_through_its_weight(where, N, D, E, dt
         assert all(not device.host(grad).any() for grad in route_backward(dweights, None, saved))
 
 
+# Noise and bias.
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+@given(exact_inputs(), dtypes, orders, rngs)
+def test_noise_is_added_to_the_logits_and_gets_their_gradient(where, drawn, dtype, order, rng):
+    *inputs, k = drawn
+    N, E = len(inputs[0]), len(inputs[1])
+    with running(where, order):
+        (x, w_gate), (x64, w64) = on_device(*inputs, dtype=dtype)
+        (noise, dweights, dlogits), (noise64, dweights64, dlogits64) = on_device(
+            rng.integers(-4, 5, (N, E)) / 8, rng.standard_normal((N, k)), rng.standard_normal((N, E)), dtype=np.float32
+        )
+        routing, saved = route(x, w_gate, k, noise)
+        expected, saved64 = reference.route(x64, w64, k, noise64)
+        np.testing.assert_array_equal(device.host(routing.logits), expected.logits)
+        np.testing.assert_array_equal(device.host(routing.experts), expected.experts)
+        assert_equivalent(routing.weights, expected.weights)
+        *grads, dnoise = route_backward(dweights, dlogits, saved)
+        assert_equivalent(dnoise, reference.route_backward(dweights64, dlogits64, saved64)[2])
+        assert_same_bits(route_backward(dweights, dlogits, saved._replace(noisy=False)), grads)
+        silent = device.zeros((N, E), np.float32)
+        assert_same_bits(route(x, w_gate, k, silent, device.zeros(E, np.float32))[0], route(x, w_gate, k)[0])
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+@given(st.integers(1, 20), st.integers(1, 40) | st.integers(33, 256), orders, rngs, st.data())
+def test_bias_selects_and_does_not_weigh(where, N, E, order, rng, data):
+    k, scale = data.draw(st.integers(1, min(E, 4)) | st.integers(1, E)), data.draw(st.sampled_from([0.01, 1, 9]))
+    with running(where, order):
+        (x, w_gate, bias), (_, _, bias64) = on_device(
+            rng.standard_normal((N, 5)), rng.standard_normal((E, 5)), scale * rng.standard_normal(E), dtype=np.float32
+        )
+        weights, experts, logits, _ = map(device.host, route(x, w_gate, k, None, bias)[0])
+        np.testing.assert_array_equal(logits, device.host(route(x, w_gate, k)[0].logits))
+    scores = reference.softmax(logits.astype(np.float64)) + bias64
+    chosen = np.take_along_axis(scores, experts, axis=1)
+    rounded = 1e-6 * max(1, abs(bias64).max())
+    assert (np.diff(chosen, axis=1) <= rounded).all()
+    left = np.ones((N, E), bool)
+    np.put_along_axis(left, experts, False, axis=1)
+    assert left.sum() == N * (E - k)
+    assert (np.where(left, scores, -np.inf) <= chosen[:, -1:] + rounded).all()
+    assert_equivalent(weights, reference.softmax(np.take_along_axis(logits.astype(np.float64), experts, axis=1)))
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+@pytest.mark.parametrize(("k", "experts", "weights"), [(1, [0], [1]), (2, [0, 1], [0, 1]), (3, [0, 1, 2], [0, 1, 0])])
+def test_what_only_the_bias_chooses_has_a_weight_however_small_its_probability(where, k, experts, weights):
+    with running(where, ("forward", 0, 0)):
+        (x, w_gate, bias), _ = on_device(np.ones((1, 1)), [[-1e30], [1e30], [0.0]], [9.0, 0, 0], dtype=np.float32)
+        routing, _ = route(x, w_gate, k, None, bias)
+    assert device.host(routing.experts).tolist() == [experts]
+    assert device.host(routing.weights).tolist() == [weights]
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+@given(st.integers(1, 40), st.sampled_from([np.nan, np.inf, -np.inf]), orders, rngs, st.data())
+def test_bias_that_is_not_finite_still_chooses_among_experts(where, E, bad, order, rng, data):
+    k = data.draw(st.integers(1, E))
+    bias = np.where(rng.random(E) < 0.5, bad, 0)
+    with running(where, order):
+        (x, w_gate, bias), _ = on_device(np.ones((3, 2)), rng.standard_normal((E, 2)), bias, dtype=np.float32)
+        weights, experts, _, _ = map(device.host, route(x, w_gate, k, None, bias)[0])
+    assert all(len(set(chosen)) == k and min(chosen) >= 0 and max(chosen) < E for chosen in experts.tolist())
+    assert_equivalent(weights.sum(axis=1), np.ones(3))
+
+
 @pytest.mark.parametrize(("E", "k"), [(257, 2), (4, 0), (4, 5)])
 def test_what_the_kernel_cannot_choose_from_is_refused(E, k):
     with running("emulated", ("forward", 0, 0)), pytest.raises(InputError, match="256"):

@@ -41,6 +41,11 @@ class Size(NamedTuple):
         return self.N * self.k
 
     @property
+    def fair(self) -> int:
+        """An expert's fair share of the slots, rounded up: a capacity."""
+        return min(self.N, -(-self.S // self.E))
+
+    @property
     def chosen(self) -> float:
         """How many experts have a token, expected where each is as likely as the others."""
         return self.E * (1 - (1 - self.k / self.E) ** self.N)
@@ -166,6 +171,29 @@ def _dispatch(s: Size, draw: Draw) -> Passes:
     return {"forward": lambda: cuda.dispatch(experts, s.E)}
 
 
+def _drop_overflow(s: Size, draw: Draw) -> Passes:
+    experts = draw.experts(s)
+    return {"forward": lambda: cuda.drop_overflow(experts, s.E, s.fair)}
+
+
+def _expert_choice(s: Size, draw: Draw) -> Passes:
+    x, w_gate = draw(s.N, s.D), draw(s.E, s.D)
+    dweights, dlogits = draw(s.N, s.E, dtype=np.float32), draw(s.N, s.E, dtype=np.float32)
+    return _both(
+        lambda: cuda.expert_choice(x, w_gate, s.fair),
+        lambda saved: cuda.expert_choice_backward(dweights, dlogits, saved),
+    )
+
+
+def _router_noise(s: Size, draw: Draw) -> Passes:
+    x, w_noise = draw(s.N, s.D), draw(s.E, s.D)
+    normal, dnoise = draw(s.N, s.E, dtype=np.float32), draw(s.N, s.E, dtype=np.float32)
+    return _both(
+        lambda: cuda.router_noise(x, w_noise, normal),
+        lambda saved: cuda.router_noise_backward(dnoise, saved),
+    )
+
+
 def _gather(s: Size, draw: Draw) -> Passes:
     plan, x, drows = cuda.dispatch(draw.experts(s), s.E), draw(s.N, s.D), draw(s.S, s.D)
     return _both(lambda: cuda.gather(x, plan), lambda saved: cuda.gather_backward(drows, saved))
@@ -230,6 +258,22 @@ def _moe_work(s: Size, b: int) -> Work:
         (flops, b * (2 * rows + gate + s.chosen * w)),
         (2 * flops, b * (3 * rows + 2 * s.S * s.F + 2 * gate + (s.chosen + s.E) * w)),
     ]
+
+
+def _varied_moe(s: Size, draw: Draw) -> Passes:
+    x, dy, w_gate, weights = draw(s.N, s.D), draw(s.N, s.D), draw(s.E, s.D), _weights(s, draw)
+    jitter, normal = draw(s.N, s.D, dtype=np.float32), draw(s.N, s.E, dtype=np.float32)
+    variation = cuda.Variation(jitter, draw(s.E, s.D), normal)
+    return _both(
+        lambda: cuda.varied_moe(x, w_gate, *weights, s.k, variation),
+        lambda saved: cuda.varied_moe_backward(dy, None, saved),
+    )
+
+
+def _varied_moe_work(s: Size, b: int) -> Work:
+    (forward, read), (backward, moved) = _moe_work(s, b)
+    flops, gate, drawn = 2 * s.N * s.E * s.D, s.E * s.D, 4 * s.N * (s.D + s.E)  # jitter, and normal or its slope
+    return [(forward + flops, read + b * gate + drawn), (backward + 2 * flops, moved + 2 * b * gate + drawn)]
 
 
 def _cross_entropy(s: Size, draw: Draw) -> Passes:
@@ -304,7 +348,21 @@ COMPONENTS = {
             (4 * s.N * s.E * s.D, b * 2 * (s.N + s.E) * s.D + 4 * (s.N * s.E + 3 * s.S)),
         ],
     ),
+    "expert_choice": Component(
+        _expert_choice,
+        lambda s, b: [
+            (2 * s.N * s.E * s.D, b * (s.N + s.E) * s.D + 12 * s.N * s.E),
+            (4 * s.N * s.E * s.D, b * 2 * (s.N + s.E) * s.D + 16 * s.N * s.E),
+        ],
+    ),
+    "router_noise": Component(
+        _router_noise,
+        lambda s, b: [
+            (2 * products * s.N * s.E * s.D, b * products * (s.N + s.E) * s.D + 8 * s.N * s.E) for products in (1, 2)
+        ],
+    ),
     "dispatch": Component(_dispatch, lambda s, b: [(0, 4 * (3 * s.S + s.E + 1))], ("int32",)),
+    "drop_overflow": Component(_drop_overflow, lambda s, b: [(0, 8 * s.S)], ("int32",)),
     "gather": Component(
         _gather,
         lambda s, b: [(flops, b * (s.N + s.S) * s.D + 4 * s.S) for flops in (0, s.S * s.D)],
@@ -326,6 +384,7 @@ COMPONENTS = {
     },
     "experts": Component(_experts, _experts_work),
     "moe": Component(_moe, _moe_work),
+    "varied_moe": Component(_varied_moe, _varied_moe_work),  # with jitter and noise
     "cross_entropy": Component(
         _cross_entropy, lambda s, b: [(3 * s.N * s.V, reads * b * s.N * s.V + 4 * s.N) for reads in (1, 2)]
     ),

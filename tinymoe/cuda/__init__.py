@@ -14,7 +14,7 @@ from tinymoe.cuda.balance import (
     z_loss,
     z_loss_backward,
 )
-from tinymoe.cuda.dispatch import combine, combine_backward, dispatch, gather, gather_backward
+from tinymoe.cuda.dispatch import combine, combine_backward, dispatch, drop_overflow, gather, gather_backward
 from tinymoe.cuda.embedding import embedding, embedding_backward
 from tinymoe.cuda.experts import expert_ffn, expert_ffn_backward, ffn, ffn_backward, swiglu, swiglu_backward
 from tinymoe.cuda.linear import linear, linear_backward
@@ -23,10 +23,18 @@ from tinymoe.cuda.moe import moe, moe_backward, moe_decode
 from tinymoe.cuda.optimizer import AdamW, adamw
 from tinymoe.cuda.rmsnorm import rmsnorm, rmsnorm_backward
 from tinymoe.cuda.rope import rope, rope_backward, rope_table
-from tinymoe.cuda.router import route, route_backward
+from tinymoe.cuda.router import expert_choice, expert_choice_backward, route, route_backward
+from tinymoe.cuda.variation import (
+    Variation,
+    router_noise,
+    router_noise_backward,
+    varied_moe,
+    varied_moe_backward,
+)
 
 __all__ = [
     "AdamW",
+    "Variation",
     "adamw",
     "attention",
     "attention_backward",
@@ -36,8 +44,11 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_backward",
     "dispatch",
+    "drop_overflow",
     "embedding",
     "embedding_backward",
+    "expert_choice",
+    "expert_choice_backward",
     "expert_ffn",
     "expert_ffn_backward",
     "expert_load",
@@ -58,10 +69,14 @@ __all__ = [
     "rope_table",
     "route",
     "route_backward",
+    "router_noise",
+    "router_noise_backward",
     "swiglu",
     "swiglu_backward",
     "switch_loss",
     "switch_loss_backward",
+    "varied_moe",
+    "varied_moe_backward",
     "z_loss",
     "z_loss_backward",
 ]

@@ -14,6 +14,9 @@ KERNELS = device.Kernels(
     "dispatch_count",
     "dispatch_scan",
     "dispatch_scatter",
+    "dispatch_transpose",
+    "dispatch_drop",
+    "dispatch_dropped",
     *(f"{kernel}<{{T}}, {width}>" for kernel in ("gather_rows", "sum_slots", "combine_backward") for width in (1, 4)),
 )
 
@@ -21,8 +24,8 @@ KERNELS = device.Kernels(
 class Plan(NamedTuple):
     """A ragged list of token rows in expert order: expert e owns the slots offsets[e] to offsets[e + 1].
 
-    All of it stays on the device, so that the host never waits for the routing. Hence S = N·k always: pairs that go
-    nowhere leave the slots from offsets[E] on empty.
+    All of it stays on the device, so that the host never waits for the routing. Hence S = N·k, or what the host knows
+    to be enough: pairs that go nowhere leave the slots from offsets[E] on empty.
     """
 
     tokens: Any  # (S,) int32, the token that fills each slot, −1 in an empty one
@@ -72,6 +75,27 @@ def dispatch(experts: Any, num_experts: int) -> Plan:
     return Plan(tokens, offsets, slots)
 
 
+def drop_overflow(experts: Any, num_experts: int, capacity: int) -> Any:
+    """Return the routing (N, k) int32 with −1 for the pairs that find their expert full: it takes ``capacity`` of them.
+
+    First choices come first, and among them tokens in the order of the text.
+    """
+    N, k = experts.shape
+    pairs, blocks = N * k, -(-N * k // PAIRS)
+    by_choice, kept = device.empty((k, N), np.int32), device.empty((N, k), np.int32)
+    KERNELS.launch("dispatch_transpose", blocks, PAIRS, experts, by_choice, pairs, k)
+    _, offsets, slots = dispatch(by_choice, num_experts)
+    KERNELS.launch("dispatch_drop", blocks, PAIRS, experts, offsets, slots, kept, pairs, k, capacity)
+    return kept
+
+
+def dropped_share(plan: Plan) -> Any:
+    """Return the share of the pairs that have no slot as an array (1,) of float32 on the device."""
+    share = device.empty(1, np.float32)
+    KERNELS.launch("dispatch_dropped", 1, 1, plan.offsets, share, plan.slots.size, len(plan.offsets) - 1)
+    return share
+
+
 def gather(x: Any, plan: Plan) -> tuple[Any, GatherSaved]:
     """Copy token rows into expert order: rows[s] = x[tokens[s]], zeros in empty slots, (N, D) → (S, D)."""
     S, D, T, width = len(plan.tokens), x.shape[1], device.ctype(x), _width(x.shape[1])
@@ -100,9 +124,9 @@ def combine_backward(dy: Any, saved: CombineSaved) -> tuple[Any, Any]:
     dout, dweights = device.empty((S, D), out.dtype), device.empty((N, k), np.float32)
     KERNELS.launch(
         f"combine_backward<{T}, {_width(D)}>",
-        -(-S // ROWS),
+        -(-N * k // ROWS),
         32 * ROWS,
-        *(dy, out, weights, tokens, slots, dout, dweights, S, k, D),
+        *(dy, out, weights, tokens, slots, dout, dweights, N * k, S, k, D),
     )
     return dout, dweights
 

@@ -1,4 +1,4 @@
-"""The router on the device: which k experts each token goes to; see `tinymoe.reference.router`."""
+"""The router on the device: who goes where, by the tokens' choice or the experts'; see `tinymoe.reference.router`."""
 
 from typing import Any, NamedTuple
 
@@ -22,6 +22,13 @@ KERNELS = device.Kernels(
     "router_backward_gate<{T}, 4>",
     "router_backward_sum<{T}>",
 )
+BY_EXPERTS = device.Kernels(
+    "expert_choice.cu",
+    *(f"token_probabilities<{{T}}, {held}, {width}>" for held in (1, 8) for width in (1, 4)),
+    "choose_tokens",
+    "choice_backward_logits",
+)
+CHOOSING = 1024  # threads of an expert that chooses
 
 
 class Routing(NamedTuple):
@@ -40,10 +47,25 @@ class RouteSaved(NamedTuple):
     w_gate: Any  # (E, D)
     weights: Any  # (N, k)
     experts: Any  # (N, k)
+    noisy: bool
 
 
-def route(x: Any, w_gate: Any, top_k: int) -> tuple[Routing, RouteSaved]:
+class ExpertChoiceSaved(NamedTuple):
+    """What the backward of `expert_choice` needs."""
+
+    x: Any  # (N, D)
+    w_gate: Any  # (E, D)
+    probs: Any  # (N, E) float32
+    experts: Any  # (N, E) int32, −1 where the expert has not taken the token
+
+
+def route(
+    x: Any, w_gate: Any, top_k: int, noise: Any | None = None, bias: Any | None = None
+) -> tuple[Routing, RouteSaved]:
     """Choose k experts per token: softmax over all E in float32, the k largest, renormalised to sum to one.
+
+    ``noise`` (N, E) float32 is added to the logits, ``bias`` (E,) float32 to the probabilities where the k largest are
+    chosen, and nowhere else.
 
     Where the reference raises on a logit that is NaN or infinite, this goes on, its expert ids distinct and valid as
     ever, and sets ``not_finite`` on the device, which the host reads together with the loss.
@@ -53,23 +75,21 @@ def route(x: Any, w_gate: Any, top_k: int) -> tuple[Routing, RouteSaved]:
     InputError
         There are more than 256 experts, or top_k is not from 1 to E.
     """
-    (rows, D), E, T = x.shape, len(w_gate), device.ctype(x)
-    held = _held(E, top_k)
+    rows, E = len(x), len(w_gate)
+    _check(E, top_k)
     weights, experts = device.empty((rows, top_k), np.float32), device.empty((rows, top_k), np.int32)
     logits, not_finite = device.empty((rows, E), np.float32), device.zeros(1, np.int32)
-    KERNELS.launch(
-        f"router_forward<{T}, {held}, {_width(D)}>",
-        -(-rows // ROWS),
-        32 * ROWS,
-        *(x, w_gate, weights, experts, logits, not_finite, rows, D, E, top_k),
-    )
-    return Routing(weights, experts, logits, not_finite), RouteSaved(x, w_gate, weights, experts)
+    gate(KERNELS, "router_forward", x, w_gate, (noise, bias, weights, experts, logits, not_finite), top_k)
+    return Routing(weights, experts, logits, not_finite), RouteSaved(x, w_gate, weights, experts, noise is not None)
 
 
-def route_backward(dweights: Any, dlogits: Any | None, saved: RouteSaved) -> tuple[Any, Any]:
-    """Return dx (N, D) and dw_gate (E, D), given dweights (N, k) and dlogits (N, E) or None, both float32."""
-    x, w_gate, weights, experts = saved
-    (rows, D), E, T, width = x.shape, len(w_gate), device.ctype(x), _width(x.shape[1])
+def route_backward(dweights: Any, dlogits: Any | None, saved: RouteSaved) -> tuple[Any, ...]:
+    """Return dx (N, D) and dw_gate (E, D), and where there was noise dnoise (N, E) float32.
+
+    dweights (N, k) and dlogits (N, E), or None, are float32.
+    """
+    x, w_gate, weights, experts, noisy = saved
+    rows, E = len(x), len(w_gate)
     total = device.empty((rows, E), np.float32)  # the gradient of the logits
     KERNELS.launch(
         "router_backward_logits",
@@ -77,6 +97,69 @@ def route_backward(dweights: Any, dlogits: Any | None, saved: RouteSaved) -> tup
         32 * ROWS,
         *(dweights, dlogits, weights, experts, total, rows, E, weights.shape[1]),
     )
+    dx, dw_gate = gate_backward(total, x, w_gate)
+    return (dx, dw_gate, total) if noisy else (dx, dw_gate)
+
+
+def expert_choice(x: Any, w_gate: Any, capacity: int) -> tuple[Routing, ExpertChoiceSaved]:
+    """Let each expert choose the ``capacity`` tokens that want it most, ties to the earliest.
+
+    Returns
+    -------
+    routing
+        Choice e of a token is expert e: weights (N, E), experts (N, E) with −1 where e has not taken it, and logits.
+        Logits that are not finite are told as by `route`, and each expert has its ``capacity`` tokens all the same.
+    saved
+        For `expert_choice_backward`.
+
+    Raises
+    ------
+    InputError
+        There are more than 256 experts, or capacity is not from 0 to N.
+    """
+    rows, E = len(x), len(w_gate)
+    if not 0 <= capacity <= rows:
+        raise InputError(f"capacity is {capacity}; each expert chooses from 0 to all {rows} tokens")
+    probs, logits, weights = (device.empty((rows, E), np.float32) for _ in range(3))
+    experts, not_finite = device.empty((rows, E), np.int32), device.zeros(1, np.int32)
+    gate(BY_EXPERTS, "token_probabilities", x, w_gate, (probs, logits, not_finite))
+    BY_EXPERTS.launch("choose_tokens", E, CHOOSING, probs, weights, experts, rows, E, capacity)
+    return Routing(weights, experts, logits, not_finite), ExpertChoiceSaved(x, w_gate, probs, experts)
+
+
+def expert_choice_backward(dweights: Any, dlogits: Any | None, saved: ExpertChoiceSaved) -> tuple[Any, Any]:
+    """Return dx (N, D) and dw_gate (E, D), given dweights (N, E) and dlogits (N, E) or None, both float32."""
+    x, w_gate, probs, experts = saved
+    rows, E = probs.shape
+    total = device.empty((rows, E), np.float32)
+    BY_EXPERTS.launch(
+        "choice_backward_logits",
+        -(-rows // ROWS),
+        32 * ROWS,
+        *(dweights, dlogits, probs, experts, total, rows, E),
+    )
+    return gate_backward(total, x, w_gate)
+
+
+def gate(kernels: device.Kernels, name: str, x: Any, w: Any, arrays: tuple[Any, ...], *numbers: int) -> None:
+    """Launch a kernel that computes x wᵀ, (N, D) by (E, D), a warp per token, and goes on with a token's E numbers.
+
+    It takes x, w and ``arrays``, then N, D, E and ``numbers``.
+
+    Raises
+    ------
+    InputError
+        There are more than 256 experts.
+    """
+    (rows, D), E = x.shape, len(w)
+    _check(E)
+    expression = f"{name}<{device.ctype(x)}, {_held(E)}, {_width(D)}>"
+    kernels.launch(expression, -(-rows // ROWS), 32 * ROWS, x, w, *arrays, rows, D, E, *numbers)
+
+
+def gate_backward(total: Any, x: Any, w_gate: Any) -> tuple[Any, Any]:
+    """Return dx (N, D) and dw_gate (E, D) of x w_gateᵀ, given its gradient (N, E) in float32."""
+    (rows, D), E, T, width = x.shape, len(w_gate), device.ctype(x), _width(x.shape[1])
     dx, dw_gate = device.empty((rows, D), x.dtype), device.empty((E, D), x.dtype)
     blocks = -(-rows // ROWS), -(-D // (32 * width))
     KERNELS.launch(f"router_backward_x<{T}, {width}>", blocks, (32, ROWS), total, w_gate, dx, rows, D, E)
@@ -99,18 +182,21 @@ def top_k_ids(scores: Any, top_k: int) -> Any:
         There are more than 256 columns, or top_k is not from 1 to E.
     """
     rows, E = scores.shape
-    held = _held(E, top_k)
+    _check(E, top_k)
     ids = device.empty((rows, top_k), np.int32)
-    KERNELS.launch(f"top_k<{held}>", -(-rows // ROWS), 32 * ROWS, scores, ids, rows, E, top_k)
+    KERNELS.launch(f"top_k<{_held(E)}>", -(-rows // ROWS), 32 * ROWS, scores, ids, rows, E, top_k)
     return ids
 
 
-def _held(E: int, top_k: int) -> int:
-    """Return how many experts each lane holds."""
+def _check(E: int, top_k: int = 1) -> None:
     if not 1 <= top_k <= E <= MAX_EXPERTS:
         raise InputError(
             f"top_k is {top_k} of {E} experts; the CUDA router takes up to {MAX_EXPERTS} experts and chooses 1 to all"
         )
+
+
+def _held(E: int) -> int:
+    """Return how many experts each lane holds."""
     return 1 if E <= 32 else MAX_EXPERTS // 32
 
 

@@ -14,7 +14,7 @@ from tinymoe.reference.balance import (
     z_loss,
     z_loss_backward,
 )
-from tinymoe.reference.dispatch import combine, combine_backward, dispatch, gather, gather_backward
+from tinymoe.reference.dispatch import combine, combine_backward, dispatch, drop_overflow, gather, gather_backward
 from tinymoe.reference.embedding import embedding, embedding_backward
 from tinymoe.reference.experts import expert_ffn, expert_ffn_backward, ffn, ffn_backward, swiglu, swiglu_backward
 from tinymoe.reference.linear import linear, linear_backward
@@ -23,11 +23,19 @@ from tinymoe.reference.moe import moe, moe_backward, moe_decode, moe_naive
 from tinymoe.reference.optimizer import AdamW, adamw
 from tinymoe.reference.rmsnorm import rmsnorm, rmsnorm_backward
 from tinymoe.reference.rope import rope, rope_backward, rope_table
-from tinymoe.reference.router import route, route_backward
+from tinymoe.reference.router import expert_choice, expert_choice_backward, route, route_backward
 from tinymoe.reference.softmax import softmax
+from tinymoe.reference.variation import (
+    Variation,
+    router_noise,
+    router_noise_backward,
+    varied_moe,
+    varied_moe_backward,
+)
 
 __all__ = [
     "AdamW",
+    "Variation",
     "adamw",
     "attention",
     "attention_backward",
@@ -38,8 +46,11 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_backward",
     "dispatch",
+    "drop_overflow",
     "embedding",
     "embedding_backward",
+    "expert_choice",
+    "expert_choice_backward",
     "expert_ffn",
     "expert_ffn_backward",
     "expert_load",
@@ -61,11 +72,15 @@ __all__ = [
     "rope_table",
     "route",
     "route_backward",
+    "router_noise",
+    "router_noise_backward",
     "softmax",
     "swiglu",
     "swiglu_backward",
     "switch_loss",
     "switch_loss_backward",
+    "varied_moe",
+    "varied_moe_backward",
     "z_loss",
     "z_loss_backward",
 ]

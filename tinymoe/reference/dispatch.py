@@ -50,6 +50,17 @@ def dispatch(experts: Array, num_experts: int) -> Plan:
     return Plan(order // experts.shape[1], [0, *np.cumsum(counts).tolist()], slots.reshape(experts.shape))
 
 
+def drop_overflow(experts: Array, num_experts: int, capacity: int) -> Array:
+    """Return the routing (N, k) with −1 for the pairs that find their expert full: it takes ``capacity`` of them.
+
+    First choices come first, and among them tokens in the order of the text. A token whose pairs are all dropped
+    skips the block: only the residual stream carries it on (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961).
+    """
+    by_choice = dispatch(experts.T, num_experts)  # its slots are in the order of the choices
+    rank = by_choice.slots.T - np.array([0, *by_choice.offsets])[experts + 1]  # (N, k) of the pair at its expert
+    return np.where(rank < capacity, experts, -1)
+
+
 def gather(x: Array, plan: Plan) -> tuple[Array, GatherSaved]:
     """Copy token rows into expert order: rows[s] = x[tokens[s]], (N, D) → (S, D)."""
     return x[plan.tokens], GatherSaved(plan)

@@ -24,7 +24,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters by part; ``feed_forward`` holds the experts, or a dense model's one block per layer."""
+    """The parameters by part; ``feed_forward`` holds the experts, and the one block of each layer without."""
 
     embedding: Part
     output_head: Part
@@ -39,9 +39,10 @@ class Parameters:
 def count_parts(config: MixtralConfig) -> Parameters:
     """Return how many parameters are where: of 8x7B's 46.70 B, 45.10 B are experts.
 
-    Embedding and output head D·V each (tied: once), attention 2·D·K·(H + G), router D·E, expert 3·D·F, norm D.
+    Embedding and output head D·V each (tied: once), attention 2·D·K·(H + G), router D·E (and what balances it), expert
+    3·D·F, norm D.
     """
-    D, L = config.dim, config.n_layers
+    D, L, M = config.dim, config.n_layers, len(config.moe_layers)
     assert config.head_dim is not None
 
     def part(each: int, copies: int, active: int | None = None) -> Part:
@@ -51,8 +52,10 @@ def count_parts(config: MixtralConfig) -> Parameters:
         "embedding": part(D * config.vocab_size, 1),
         "output_head": part(D * config.vocab_size, 0 if config.tie_embeddings else 1),
         "attention": part(2 * D * config.head_dim * (config.n_heads + config.n_kv_heads), L),
-        "router": part(D * config.num_experts, L),
-        "feed_forward": part(3 * D * config.hidden_dim, L * _blocks(config), L * _chosen(config)),
+        "router": part(_router(config), M),
+        "feed_forward": part(
+            3 * D * config.hidden_dim, L - M + M * config.num_experts, L - M + M * config.top_k_experts
+        ),
         "norms": part(D, 2 * L + 1),
     }
     total, active = (sum(getattr(part, column) for part in parts.values()) for column in ("total", "active"))
@@ -104,8 +107,8 @@ def experts_touched(config: MixtralConfig, batch: int) -> float:
 
     E·(1 − (1 − k/E)^B), where tokens choose independently and all experts alike. A dense layer is one expert.
     """
-    blocks = _blocks(config)
-    return blocks * (1 - (1 - _chosen(config) / blocks) ** batch)
+    E = config.num_experts
+    return E * (1 - (1 - config.top_k_experts / E) ** batch) if E else 1.0
 
 
 def decode_bytes(config: MixtralConfig, batch: int, context: int, dtype: str) -> float:
@@ -116,7 +119,8 @@ def decode_bytes(config: MixtralConfig, batch: int, context: int, dtype: str) ->
     """
     parts = count_parts(config)
     shared = parts.total - parts.feed_forward.total - parts.output_head.total  # keeps one (V, D) table: the head
-    experts = config.n_layers * experts_touched(config, batch) * parts.feed_forward.each
+    M = len(config.moe_layers)
+    experts = (config.n_layers - M + M * experts_touched(config, batch)) * parts.feed_forward.each
     return (shared + experts) * DTYPES[dtype] + kv_cache_bytes(config, batch, context, dtype)
 
 
@@ -128,12 +132,9 @@ def decode_intensity(config: MixtralConfig, batch: int, context: int, dtype: str
     return batch * decode_flops(config, context) / decode_bytes(config, batch, context, dtype)
 
 
-def _blocks(config: MixtralConfig) -> int:
-    return config.num_experts or 1
-
-
-def _chosen(config: MixtralConfig) -> int:
-    return config.top_k_experts if config.num_experts else 1
+def _router(config: MixtralConfig) -> int:
+    gate = config.dim * config.num_experts
+    return gate * (2 if config.noisy_top_k else 1) + (config.num_experts if config.bias_update_rate else 0)
 
 
 def _attended(config: MixtralConfig, context: int) -> int:

@@ -8,6 +8,9 @@
 //             in the lanes before its own, which ballots show. So pairs keep their order, whatever runs first.
 // Bytes: 5 ints per pair and 3 E per block; nothing beside the rows that follow.
 //
+// A capacity drops pairs by the same sort, of the transposed routing: there, first choices come first, and a pair's rank at
+// its expert is its slot there less the expert's offset. A thread per pair; 10 ints per pair more.
+//
 // gather, combine and their backward own WIDTH columns of a row per thread, a warp 32 of these, a block ROWS rows; the
 // gradient of the weights needs a whole row's product, so combine_backward has a warp per pair. All are bound by memory:
 // gather moves 2 S D elements, the sum over slots S D + N D, combine_backward 3 S D (FLOPs: 3 S D).
@@ -97,6 +100,25 @@ __global__ void dispatch_scatter(const int *experts, const int *starts, const in
     if (i >= offsets[E]) tokens[i] = -1;  // there are as many slots as pairs: those that dropped pairs leave over
 }
 
+// to (k, N) = from (N, k) transposed.
+__global__ void dispatch_transpose(const int *from, int *to, int pairs, int k) {
+    const int i = blockIdx.x * PAIRS + threadIdx.x;
+    if (i < pairs) to[i % k * (pairs / k) + i / k] = from[i];
+}
+
+// kept = experts, but -1 for a pair that finds its expert full; offsets and slots (k, N) are of the transposed routing.
+__global__ void dispatch_drop(const int *experts, const int *offsets, const int *slots, int *kept, int pairs, int k, int capacity) {
+    const int i = blockIdx.x * PAIRS + threadIdx.x;
+    if (i >= pairs) return;
+    const int slot = slots[i % k * (pairs / k) + i / k];
+    kept[i] = slot >= 0 && slot - offsets[experts[i]] < capacity ? experts[i] : -1;
+}
+
+// share = what part of the pairs has no slot, by the only thread.
+__global__ void dispatch_dropped(const int *offsets, float *share, int pairs, int E) {
+    share[0] = (float)(pairs - offsets[E]) / (float)pairs;
+}
+
 // rows[s] = x[tokens[s]], zeros where the token is -1.
 template <class T, int WIDTH>
 __global__ void gather_rows(const T *x, const int *tokens, T *rows, int count, int D) {
@@ -128,13 +150,13 @@ __global__ void sum_slots(const T *rows, const float *weights, const int *slots,
 }
 
 // dout[slot] = weight * dy[token] and dweights = out[slot] . dy[token] for every pair; zeros where a pair has no slot, and
-// in slots that no pair has.
+// in slots that no pair has. There are at most as many slots as pairs.
 template <class T, int WIDTH>
 __global__ void combine_backward(const T *dy, const T *out, const float *weights, const int *tokens, const int *slots,
-                                 T *dout, float *dweights, int pairs, int k, int D) {
+                                 T *dout, float *dweights, int pairs, int count, int k, int D) {
     const int pair = blockIdx.x * ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (pair >= pairs) return;  // the whole warp
-    if (tokens[pair] < 0) {     // there are as many slots as pairs: this one is left over
+    if (pair < count && tokens[pair] < 0) {  // the slot of that number is left over
         for (int d = lane; d < D; d += WARP) dout[(size_t)pair * D + d] = from_float<T>(0);
     }
     float product = 0;

@@ -1,20 +1,18 @@
-// The router: logits = x w_gate^T, p = softmax(logits), experts = the k largest of p, weights = p[experts] / sum p[experts].
+// The router: logits = x w_gate^T + noise, p = softmax(logits), experts = the k largest of p + bias, weights = p[experts] /
+// sum p[experts]. Plain top-k has neither noise nor bias; the bias selects, and is in no weight.
 //
-// Forward: a warp per token. For TILE experts at a time, the lanes share out the row, multiply, and add by shuffles; then
-// lane l holds the logits of the experts l, l + 32, ... (HELD of them, so that E is at most 32 HELD). Softmax and the k
-// largest are trees of shuffles over what the lanes hold: nothing but the results goes to memory.
+// Forward: a warp per token, which holds the logits (gate.h). Softmax and the k largest are trees of shuffles over what the
+// lanes hold: nothing but the results goes to memory. The weights are a softmax over the chosen logits, the same numbers,
+// since p of what only the bias chooses may be too small for a float.
 // Bytes: the N D elements of x, while w_gate stays in the cache; FLOPs: 2 N E D.
 //
 // Backward: the gradient of the logits is dlogits + weights (dweights - sum weights dweights) for the chosen experts, a
 // warp per token; dx = that times w_gate, a thread per token and WIDTH columns; dw_gate = that transposed times x, a
 // thread per TILE experts, WIDTH columns and slice of rows, then the slices in order. FLOPs: 4 N E D.
-#include "pack.h"
-#include "warp.h"
+#include "gate.h"
 
 constexpr int ROWS = 4;       // tokens (warps) of a block
 constexpr int COLUMNS = 128;  // threads of a block of the column sums
-constexpr int TILE = 8;       // experts whose sums a thread keeps in registers
-constexpr float LOWEST = -3.4e38f;
 
 struct Choice {
     float score;
@@ -37,78 +35,50 @@ __device__ __forceinline__ Choice next_choice(const float (&scores)[HELD], unsig
     return best;
 }
 
-// What is taken before the first choice: the places of experts that do not exist.
-template <int HELD>
-__device__ __forceinline__ unsigned beyond(int E, int lane) {
-    unsigned taken = 0;
-    for (int i = 0; i < HELD; i++)
-        if (WARP * i + lane >= E) taken |= 1u << i;
-    return taken;
-}
-
 template <class T, int HELD, int WIDTH>
-__global__ void router_forward(const T *x, const T *w_gate, float *weights, int *experts, float *logits, int *not_finite,
-                               int rows, int D, int E, int k) {
+__global__ void router_forward(const T *x, const T *w_gate, const float *noise, const float *bias, float *weights, int *experts,
+                               float *logits, int *not_finite, int rows, int D, int E, int k) {
     const int row = blockIdx.x * ROWS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (row >= rows) return;  // the whole warp
-    x += (size_t)row * D, logits += (size_t)row * E, weights += (size_t)row * k, experts += (size_t)row * k;
+    weights += (size_t)row * k, experts += (size_t)row * k;
 
-    float scores[HELD] = {};  // of the experts 32 i + lane: first the logits, then the probabilities
-    for (int first = 0; first < E; first += TILE) {
-        float sums[TILE] = {};
-        for (int d = lane * WIDTH; d < D; d += WARP * WIDTH) {
-            const auto of_x = load_pack<WIDTH>(x + d);
-#pragma unroll
-            for (int t = 0; t < TILE; t++) {
-                if (first + t >= E) break;
-                const auto of_w = load_pack<WIDTH>(w_gate + (size_t)(first + t) * D + d);
-                for (int j = 0; j < WIDTH; j++) sums[t] += to_float(of_x.values[j]) * to_float(of_w.values[j]);
-            }
-        }
-#pragma unroll
-        for (int t = 0; t < TILE; t++) {
-            if (first + t >= E) break;
-            const float logit = warp_sum(sums[t]);
-#pragma unroll
-            for (int i = 0; i < HELD; i++)  // no index that is known only at run time: scores stays in registers
-                if (WARP * i + lane == first + t) scores[i] = logit;
-        }
-    }
-
+    float held[HELD] = {}, scores[HELD];  // the logits; what the choice goes by
+    row_times<WIDTH>(x + (size_t)row * D, w_gate, held, D, E, lane);
     unsigned taken = beyond<HELD>(E, lane);
-    float largest = LOWEST;
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+        if (noise && !(taken >> i & 1)) held[i] += noise[(size_t)row * E + WARP * i + lane];
+    store_logits(held, logits + (size_t)row * E, not_finite, E, lane);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) scores[i] = held[i];
+    softmax(scores, E, lane);
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
-        if (taken >> i & 1) continue;
-        logits[WARP * i + lane] = scores[i];
-        if (scores[i] - scores[i] != 0) {  // NaN or infinite: go on with a number, so that the choice is one of experts
-            atomicOr(not_finite, 1);
-            scores[i] = LOWEST;
-        }
-        largest = max(largest, scores[i]);
+        if (bias && !(taken >> i & 1)) scores[i] += bias[WARP * i + lane];
+        if (scores[i] != scores[i]) scores[i] = -INFINITY;
     }
-    largest = warp_max(largest);
-    float sum = 0;
+
+    float largest = -INFINITY, sum = 0;
+    for (int choice = 0; choice < k; choice++) {
+        const int best = next_choice(scores, taken, lane).expert;
+        if (lane == best % WARP) taken |= 1u << best / WARP;
+        float logit = 0;
 #pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        scores[i] = taken >> i & 1 ? 0 : expf(scores[i] - largest);
-        sum += scores[i];
+        for (int i = 0; i < HELD; i++)
+            if (i == best / WARP) logit = held[i];
+        logit = __shfl_sync(ALL_LANES, logit, best % WARP);
+        largest = max(largest, logit);
+        if (lane == choice % WARP) {
+            experts[choice] = best;
+            weights[choice] = logit;
+        }
+    }
+    for (int choice = lane; choice < k; choice += WARP) {  // each lane's own, here and below
+        weights[choice] = expf(weights[choice] - largest);
+        sum += weights[choice];
     }
     sum = warp_sum(sum);
-#pragma unroll
-    for (int i = 0; i < HELD; i++) scores[i] /= sum;
-
-    float chosen_sum = 0;
-    for (int choice = 0; choice < k; choice++) {
-        const Choice best = next_choice(scores, taken, lane);
-        if (lane == best.expert % WARP) taken |= 1u << best.expert / WARP;
-        chosen_sum += best.score;
-        if (lane == choice % WARP) {
-            experts[choice] = best.expert;
-            weights[choice] = best.score;
-        }
-    }
-    for (int choice = lane; choice < k; choice += WARP) weights[choice] /= chosen_sum;  // each lane's own
+    for (int choice = lane; choice < k; choice += WARP) weights[choice] /= sum;
 }
 
 // ids = the columns of the k largest scores of a row, a warp per row. NaN counts as minus infinity.

@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(THREADS)
         load(x + (size_t)max(row, 0) * inner + i + deep, row >= 0 ? inner - i - deep : 0, inner % VECTOR == 0, loaded);
         for (int j = 0; j < VECTOR; j++) tiles.a[deep + j][along] = loaded[j];
         if (TRANSPOSED) {
-            const int column = first + along;
-            load(w + (size_t)min(column, outer - 1) * inner + i + deep, column < outer ? inner - i - deep : 0, inner % VECTOR == 0, loaded);
+            const int column = min(first + along, outer - 1);  // beyond the last, its sums again, which nobody stores
+            load(w + (size_t)column * inner + i + deep, inner - i - deep, inner % VECTOR == 0, loaded);
             for (int j = 0; j < VECTOR; j++) tiles.b[deep + j][along] = loaded[j];
         } else {
             const int column = first + across;

@@ -1,0 +1,51 @@
+"""Mutants of the kernels that compute the same, for mutate_kernels.py, with the reason."""
+
+# File → how the mutant's line begins, without spaces → why it computes the same.
+EQUIVALENT: dict[str, dict[str, str]] = {
+    "attention.cu": {
+        "for(intstart=threadIdx.x;start+1<rows*HEAD;start+=BATCH*blockDim.x){": "a tile is whole batches",
+        "for(inti=0;i+1<TILE;i+=4){": "TILE is a multiple of 4",
+        "for(intc=0;c<=HEAD/WARP;c++)": "columns from HEAD on are beyond K, and not stored",
+        "for(ints=begin_key;s<=end_key;s+=TILE){": "one more tile, hidden",
+        "for(intt=begin_query;t<=end_query;t+=TILE){": "one more tile, hidden",
+        "for(ints=split*split_keys;s<=end_key;s+=TILE){": "one more tile, hidden",
+    },
+    "2_tiled.cu": {
+        "for(inti=0;i<=inner;i+=TILE){": "one more tile, of zeros",
+        "for(intslot=offsets[e]+ty;slot-ty<=end;slot+=TILE){": "one more tile, of zeros",
+    },
+    "3_register.cu": {
+        "constboolwhole=aligned&&count>VECTOR;": "four elements one by one are the same four",
+        "constboolwhole=aligned&&count+1>=VECTOR;": "where a row is aligned, counts are multiples of VECTOR",
+        "for(inti=0;i<=inner;i+=DEPTH){": "one more tile, of zeros",
+        "for(inti=offsets[e];i<=end;i+=DEPTH){": "one more tile, of zeros",
+        "for(intr=0;r<=EACH;r++)": "the rows from TILE on are beyond the tile's end, and not stored",
+    },
+    "4_tensor_core.cu": {
+        "for(intdeep=0;deep+1<DEPTH;deep+=16){": "DEPTH is a multiple of 16",
+        "for(intj=0;j+1<MMA_COLUMNS;j+=2){": "MMA_COLUMNS is even",
+        "returnslot<tile.end&&deep+1<inner?": "deep and inner are multiples of 8",
+        "returnat<outer&&deep+1<inner?": "deep and inner are multiples of 8",
+        "if(tile.begin+row<tile.end&&first+at+1<outer)": "at is even, and outer a multiple of 8",
+        "if(slot>=tile.end||at+1>=outer)": "at is even, and outer a multiple of 8",
+        "returndeep<count&&first_row+along+1<outer?": "along and outer are multiples of 8",
+        "if(deep>=count||first_column+along+1>=inner)": "along and inner are multiples of 8",
+        "if(first_row+row<outer&&first_column+at+1<inner)": "at is even, and inner a multiple of 8",
+    },
+    "dispatch.cu": {
+        "for(intby=1;by<=WARP;by*=2){": "no lane is as high as WARP",
+        "for(intby=1;by+1<WARP;by*=2){": "the powers of two below are the same",
+        "for(intfirst=0;first<=E*blocks;first+=SCAN){": "one more tile, of zeros",
+        "for(intbit=1;bit<=E;bit*=2){": "one more bit, which no id has",
+    },
+    "embedding.cu": {
+        "for(intby=1;by<=SCAN_THREADS;by*=2,from=1-from){": "no thread is as high as SCAN_THREADS",
+        "for(intby=1;by+1<SCAN_THREADS;by*=2,from=1-from){": "the powers of two below are the same",
+    },
+    "router.cu": {
+        "returna.score>b.score||(a.score==b.score&&a.expert<=b.expert)?a:b;": "of one expert, a and b are the same",
+        "for(inti=0;i<=HELD;i++)": "one more bit, which nobody reads",
+        "for(intfirst=0;first<=E;first+=TILE){": "one more tile, of no expert",
+        "if(first+t>E)break;": "one more sum, of zeros, in a place of no expert",
+    },
+}
