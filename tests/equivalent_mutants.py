@@ -42,10 +42,16 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "for(intby=1;by<=SCAN_THREADS;by*=2,from=1-from){": "no thread is as high as SCAN_THREADS",
         "for(intby=1;by+1<SCAN_THREADS;by*=2,from=1-from){": "the powers of two below are the same",
     },
-    "router.cu": {
-        "returna.score>b.score||(a.score==b.score&&a.expert<=b.expert)?a:b;": "of one expert, a and b are the same",
-        "for(inti=0;i<=HELD;i++)": "one more bit, which nobody reads",
+    "expert_choice.cu": {
+        "for(intby=1;by<=WARP;by*=2){": "no lane is as high as WARP",
+        "for(intby=1;by+1<WARP;by*=2){": "the powers of two below are the same",
+    },
+    "gate.h": {
+        "for(inti=0;i<=HELD;i++)": "one more bit, which nobody reads, or no expert's place",
         "for(intfirst=0;first<=E;first+=TILE){": "one more tile, of no expert",
         "if(first+t>E)break;": "one more sum, of zeros, in a place of no expert",
+    },
+    "router.cu": {
+        "returna.score>b.score||(a.score==b.score&&a.expert<=b.expert)?a:b;": "of one expert, a and b are the same",
     },
 }

@@ -107,14 +107,21 @@ def test_bias_selects_and_does_not_weigh(drawn, rng):
     np.testing.assert_array_equal(routing.experts, expected)
     chosen = np.take_along_axis(p, expected, axis=1)
     assert_close(routing.weights, chosen / chosen.sum(axis=1, keepdims=True), 1e-13)
-    with_none = route(x, w_gate, k, bias=np.zeros(len(w_gate)))[0]
-    assert all(map(np.array_equal, with_none, route(x, w_gate, k)[0]))
+    for zero, none in zip(route(x, w_gate, k, bias=np.zeros(len(w_gate)))[0], route(x, w_gate, k)[0]):
+        assert_close(zero, none, 1e-15)
 
 
 def test_large_bias_empties_an_expert_and_fills_another():
     x, w_gate = np.random.default_rng(0).standard_normal((50, 6)), np.random.default_rng(1).standard_normal((3, 6))
     routing, _ = route(x, w_gate, 1, bias=np.array([-9.0, 0, 9.0]))
     assert (routing.experts == 2).all()
+
+
+def test_bias_may_choose_what_the_softmax_rounds_to_zero():
+    x, w_gate = np.ones((1, 1), np.float32), np.array([[500.0], [0.0], [1.0]], np.float32)
+    routing, _ = route(x, w_gate, 2, bias=np.array([-9.0, 0, 0], np.float32))
+    assert routing.experts.tolist() == [[1, 2]]
+    assert_close(routing.weights, [[1 / (1 + np.e), np.e / (1 + np.e)]], 1e-6)
 
 
 # Capacity.

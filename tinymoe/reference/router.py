@@ -80,8 +80,12 @@ def route(
         logits += noise
     probs = _probabilities(logits)
     experts = top_k_ids(probs if bias is None else probs + bias, top_k)
-    chosen = probs[np.arange(len(x))[:, None], experts]  # (N, k)
-    weights = chosen / chosen.sum(axis=1, keepdims=True)
+    rows = np.arange(len(x))[:, None]
+    if bias is None:
+        chosen = probs[rows, experts]  # (N, k)
+        weights = chosen / chosen.sum(axis=1, keepdims=True)
+    else:  # the same numbers, also where a bias has chosen experts whose p is 0 in floating point
+        weights = softmax(logits[rows, experts])
     return Routing(weights, experts, logits), RouteSaved(x, w_gate, weights, experts, noise is not None)
 
 

@@ -107,7 +107,8 @@ __global__ void dispatch_transpose(const int *from, int *to, int pairs, int k) {
 }
 
 // kept = experts, but -1 for a pair that finds its expert full; offsets and slots (k, N) are of the transposed routing.
-__global__ void dispatch_drop(const int *experts, const int *offsets, const int *slots, int *kept, int pairs, int k, int capacity) {
+__global__ void dispatch_drop(const int *experts, const int *offsets, const int *slots, int *kept, int pairs, int k,
+                              int capacity) {
     const int i = blockIdx.x * PAIRS + threadIdx.x;
     if (i >= pairs) return;
     const int slot = slots[i % k * (pairs / k) + i / k];
