@@ -1,6 +1,7 @@
 """Instruction tuning: log-probabilities by brute force, gradients by differences, files by line, runs by bits."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -97,7 +98,8 @@ def differences(model, batch, loss_of, **how):
         grads = backward(dlog_probs)
         loads.append(model.losses.load)
         config, terms = model.config, model.losses
-        return loss + config.aux_loss_coef * terms.switch.mean() + config.z_loss_coef * terms.z.mean(), grads
+        balance = config.aux_loss_coef * terms.switch.sum() + config.z_loss_coef * terms.z.sum()
+        return loss + balance / len(config.moe_layers), grads
 
     def loss(*arrays):
         return loss_and_grads(Mixtral(model.config, dict(zip(names, arrays)), num_workers=1))[0]
@@ -107,9 +109,11 @@ def differences(model, batch, loss_of, **how):
     assert all(np.array_equal(load, loads[0]) for load in loads), "a step changed a token's experts: another seed"
 
 
-def test_gradient_of_any_loss_on_log_probabilities_equals_differences():
+@pytest.mark.parametrize("changes", [{}, dict(moe_every=2), dict(tie_embeddings=True, sliding_window=2)])
+def test_gradient_of_any_loss_on_log_probabilities_equals_differences(changes):
     weights = np.array([0.7, -1.3, 0.0, 2.0, 0.1, -0.4])
-    differences(small_model(), some_pairs(), lambda log_probs: (weights @ log_probs, weights), full=12)
+    model = small_model(dataclasses.replace(SMALL, **changes))
+    differences(model, some_pairs(), lambda log_probs: (weights @ log_probs, weights), full=12)
 
 
 @pytest.mark.parametrize("beta", [0.1, 3.0])
@@ -319,6 +323,27 @@ def test_no_prompt_is_on_both_sides_and_files_that_share_prompts_agree(tmp_path_
     assert not sides[0][0] & sides[0][1]
     assert all(sides[0])
     assert len(sft.train) + len(sft.held_out) == count * copies
+    by_hash = {prompt for prompt in sides[0][0] | sides[0][1] if hashlib.sha256(prompt).digest()[0] < 26}
+    assert sides[0][1] == by_hash or not 0 < len(by_hash) < count
+
+
+@pytest.mark.parametrize("below", [True, False])
+def test_where_all_or_no_prompts_would_be_held_out_the_one_with_the_smallest_hash_is(tmp_path, below):
+    def digest(prompt):
+        return hashlib.sha256(prompt.encode()).digest()
+
+    prompts = [prompt for prompt in map(str, range(500)) if (digest(prompt)[0] < 26) == below][:5]
+    lines = [{"prompt": prompt, "answer": "x"} for prompt in prompts]
+    data = read_examples(written(tmp_path / "sft", lines), "sft", ByteTokenizer(), 16)
+    assert [bytes(e.prompt).decode() for e in data.held_out] == [min(prompts, key=digest)]
+    assert len(data.train) == 4
+
+
+def test_an_example_may_be_as_long_as_a_sequence_and_no_longer(tmp_path):
+    path = written(tmp_path / "sft", [{"prompt": "abc", "answer": "d" * 12}, {"prompt": "b", "answer": "c"}])
+    assert len(read_examples(path, "sft", ByteTokenizer(), 16).train) == 1  # 3 + 12 and the end
+    with pytest.raises(InputError, match=r"line 1: .*have 16 tokens with the end, more than --seq-len 15"):
+        read_examples(path, "sft", ByteTokenizer(), 15)
 
 
 def test_a_batch_predicts_each_token_of_the_answers_and_nothing_else():
@@ -355,6 +380,19 @@ def test_every_example_comes_once_an_epoch_in_whatever_order_batches_are_asked_f
     stream = [example for step in range(steps) for example in batches[step]]
     assert all(sorted(stream[i : i + count]) == list(range(count)) for i in range(0, 3 * count, count))
     assert drawn()[steps - 1] == batches[steps - 1]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [Shuffled(30, 30, seed, lambda chosen: tuple(chosen))[epoch] for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(orders)) == 4
+
+
+def test_metrics_count_the_tokens_of_all_accumulated_batches_without_padding(base, files):
+    options = training.Options(batch_size=4, seq_len=32, accumulate=3)
+    task = instruct.sft_task(read_examples(files["sft"], "sft", ByteTokenizer(), 32), options)
+    model = Mixtral.from_pretrained(base)
+    _, line = training._gradients(model, task.batches, 2, options, task.gradients)
+    assert line["tokens"] == sum(task.batches[batch].lengths.sum() for batch in (6, 7, 8))
 
 
 # Runs.
@@ -419,6 +457,8 @@ def test_sft_learns_the_answers_and_writes_them(tmp_path, base):
     prompts, accepted = [e.prompt for e in examples.train], [e.answers for e in examples.train]
     assert instruct.exact_match(model, prompts, accepted, ETX) == 1
     assert instruct.exact_match(Mixtral.from_pretrained(base), prompts, accepted, ETX) == 0
+    longer = instruct.answers(model, prompts, 9, ETX)
+    assert all(np.array_equal(answer, of[0]) for answer, of in zip(longer, accepted)), "the end stops an answer"
 
 
 def test_dpo_prefers_the_chosen_answers_to_what_the_reference_did(tmp_path, base, files):

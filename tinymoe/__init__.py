@@ -23,6 +23,7 @@ _HOME = {
     "hf_load_balancing_loss": "tinymoe.reference.balance",
 }
 _ROOMS = ("reference", "checkpoint", "data", "tokenizer", "training", "generation", "cache", "config", "corpora")
+_ROOMS += ("examples", "instruct")
 
 __all__ = sorted([*_HOME, "__version__"])
 

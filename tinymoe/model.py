@@ -283,9 +283,14 @@ class Mixtral:
             them, on the host.
         """
         tokens = self._checked(tokens)
-        forward = self._forward(tokens, self._rotation(np.arange(tokens.shape[1])), {})
-        routings = [forward.blocks[layer].ffn.routing for layer in self.config.moe_layers]
-        return [(self.host(r.weights), self.host(r.experts), self.host(r.logits)) for r in routings]
+        x, _ = self.ops.embedding(self._ids(tokens), self.params["tok_embeddings"])  # (N, D)
+        rotation, layers = self._rotation(np.arange(tokens.shape[1])), []
+        for layer in range(self.config.n_layers):
+            x, saved = self._block(layer, x, tokens.shape, rotation, self._attend, self._moe(layer))
+            if self.config.has_experts(layer):
+                weights, experts, logits, *_ = saved.ffn.routing
+                layers.append((self.host(weights), self.host(experts), self.host(logits)))
+        return layers
 
     def router_logits(self, tokens: Array) -> list[Array]:
         """Return the router's logits (N, E) of tokens (B, T), of each layer that has experts."""

@@ -1,13 +1,15 @@
 """The explorer in a real browser: every control, by pointer and by keyboard, large and small, and no network."""
 
-import json
 import os
 import shutil
 
 import pytest
 
-from tinymoe import Mixtral, MixtralConfig, cli
+from tinymoe import Mixtral, MixtralConfig, analysis
+from tinymoe.analysis import explorer
 from tinymoe.corpora import synthetic
+from tinymoe.data import Document
+from tinymoe.tokenizer import ByteTokenizer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'tinymoe[browser]'")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -16,12 +18,12 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="needs a browser: apt-get install chromium, or CHROMIUM=path"),
 ]
 E, LAYERS = 8, 3
+LONG_WORD = "w" * 150
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An analysis of a model whose gates are far apart, so that layers differ."""
-    root = tmp_path_factory.mktemp("explorer")
+def analysed():
+    """The numbers and passages of a model whose gates are far apart, so that layers differ."""
     config = MixtralConfig(
         dim=32, n_layers=LAYERS, hidden_dim=8, n_heads=2, n_kv_heads=1, vocab_size=256, num_experts=E, top_k_experts=2
     )
@@ -29,14 +31,20 @@ def folder(tmp_path_factory):
     for name, p in model.params.items():
         if name.endswith("gate"):
             p *= 10
-    model.save_pretrained(root)
-    texts = []
-    for domain, documents in synthetic(0, 3000).train.items():
-        texts.append(root / f"{domain}.txt")
-        texts[-1].write_bytes(b"".join(document.text for document in documents)[:700])
-    texts[0].write_text('<b id="x">&amp;</script><script>document.title = "broken"</script>\t"é\n' * 9)
-    assert cli.main(["analyze", str(root), *map(str, texts), "--seq-len", "64"]) == 0
-    return root / "analysis"
+    texts = {
+        domain: [document._replace(text=document.text[:400]) for document in documents[:2]]
+        for domain, documents in synthetic(0, 20_000).train.items()
+    }
+    odd = '<b id="x">&amp;</script><script>document.title = "broken"</script>\t"é\n' * 9 + LONG_WORD
+    texts = {"odd": [Document("odd", "odd", odd.encode())], **texts}
+    return analysis.analyse(model, ByteTokenizer(), texts, 64, "a model")
+
+
+@pytest.fixture(scope="module")
+def address(analysed, tmp_path_factory):
+    path = tmp_path_factory.mktemp("explorer") / "explorer.html"
+    path.write_text(explorer.page(*analysed), "utf-8")
+    return path.as_uri()
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +56,13 @@ def browser():
 
 
 @pytest.fixture(params=[(1280, 860, "light"), (360, 740, "dark")], ids=["desktop", "phone"])
-def page(request, browser, folder):
+def page(request, browser, address):
     """The page, open; at the end nothing may have gone wrong or gone out."""
     width, height, scheme = request.param
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     wrong = []
     page.on("console", lambda message: wrong.append(message.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    address = (folder / "explorer.html").as_uri()
     page.on("request", lambda sent: sent.url == address or wrong.append(sent.url))
     page.goto(address)
     yield page
@@ -84,20 +91,19 @@ def current(page):
     return page.evaluate("+document.activeElement.dataset.index")
 
 
-def test_text_is_shown_as_it_is_and_never_run(page, folder):
-    numbers = json.loads((folder / "routing.json").read_text())
-    assert page.title() == f"Routing of {numbers['model']}"
-    assert page.locator(".token").count() == numbers["domains"]["arithmetic.txt"]["tokens"]
+def test_text_is_shown_as_it_is_and_never_run(page, analysed):
+    assert page.title() == "Routing of a model"
+    assert page.locator(".token").count() == analysed[0]["domains"]["odd"]["tokens"]
     line = '<b id="x">&amp;</script><script>document.title = "broken"</script>⇥\t"\\xc3é↵\n'
-    assert shown_text(page) == line * 9
+    assert shown_text(page) == line * 9 + LONG_WORD
     assert len(set(colours(page))) > 2
 
 
 def test_another_domain_has_another_text_and_another_load(page):
     text, load = shown_text(page), page.locator("#load").inner_text()
-    page.locator("#domain").select_option(label="brackets.txt")
-    assert shown_text(page) != text
-    assert "(" in shown_text(page)
+    page.locator("#domain").select_option(label="arithmetic")
+    assert shown_text(page).startswith("arithmetic-")  # the name of a document
+    assert page.locator(".document").count() == 2
     assert page.locator("#load").inner_text() != load
     page.locator("#domain").focus()
     page.keyboard.press("ArrowUp")
@@ -126,6 +132,8 @@ def test_a_token_tells_its_probabilities_when_pointed_at(page):
     assert abs(sum(found) - 1) < 1e-9
     assert page.locator("#rows .row").nth(experts(page)[7]).inner_text().endswith("1st")
     assert max(found) == found[experts(page)[7]]
+    second = found.index(sorted(found)[-2])
+    assert page.locator("#rows .row em").all_inner_texts()[second] == "2nd"
     assert page.locator("#detail").inner_text() != before
     page.mouse.move(1, 1)
     assert page.locator("#detail").inner_text() == before
@@ -173,11 +181,12 @@ def test_a_bar_lights_its_expert_s_tokens(page):
     assert page.locator(".token.on").count() == 0
 
 
-def test_the_load_is_what_the_analysis_found(page, folder):
-    numbers = json.loads((folder / "routing.json").read_text())
-    layer = numbers["domains"]["arithmetic.txt"]["layers"][1]  # the middle one, which is shown first
-    assert page.locator(".bar .number").all_inner_texts() == [f"{100 * s:.1f} %" for s in layer["first"]["share"]]
-    assert f"{100 * layer['repeat_first']['share']:.1f} %" in page.locator("#facts").inner_text()
+def test_the_load_is_what_the_analysis_found(page, analysed):
+    layer = analysed[0]["domains"]["odd"]["layers"][1]  # the middle one, which is shown first
+    shown = [float(text.removesuffix(" %")) for text in page.locator(".bar .number").all_inner_texts()]
+    assert shown == pytest.approx([100 * share for share in layer["first"]["share"]], abs=0.051)
+    repeated = page.locator("#facts dd").first.inner_text()
+    assert float(repeated.partition(" %")[0]) == pytest.approx(100 * layer["repeat_first"]["share"], abs=0.051)
 
 
 def test_everything_can_be_reached_with_the_tab_key(page):

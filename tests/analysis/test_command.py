@@ -4,10 +4,12 @@ import json
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from tinymoe import Mixtral, MixtralConfig, cli
+from tinymoe import Mixtral, MixtralConfig, analysis, cli
+from tinymoe.analysis import explorer, summary
+from tinymoe.data import Document
+from tinymoe.tokenizer import ByteTokenizer
 
 MICRO = MixtralConfig(
     dim=16, n_layers=3, hidden_dim=8, n_heads=2, n_kv_heads=1, vocab_size=256, num_experts=4, top_k_experts=2
@@ -71,11 +73,9 @@ def test_it_writes_numbers_figures_and_the_explorer_and_says_what_it_found(model
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(top_k_experts=1),
-        dict(top_k_experts=4),
         dict(num_experts=1, top_k_experts=1, n_layers=1),
-        dict(num_experts=40, top_k_experts=3),
-        dict(moe_every=2),
+        dict(top_k_experts=4),
+        dict(num_experts=40, top_k_experts=3, moe_every=2),
     ],
     ids=str,
 )
@@ -90,23 +90,37 @@ def test_any_number_of_experts_and_choices(changes, text, tmp_path, capsys):
     assert (FILES - {path.name for path in out.iterdir()}) == ({"pairs.png"} if numbers["top_k"] == 1 else set())
 
 
-def test_long_texts_are_sampled(model, text, tmp_path, capsys):
-    assert analyze(model, text, "--tokens", 100, "--seq-len", 10, "--out", tmp_path) == 0
-    assert "read 100 of 880 tokens" in capsys.readouterr().out
+def analysed(texts, **options):
+    documents = {name: [Document(name, name, text)] for name, text in texts.items()}
+    return analysis.analyse(Mixtral.init(MICRO), ByteTokenizer(), documents, 32, "model", **options)
 
 
-def test_the_same_call_writes_the_same_files(model, text, tmp_path, capsys):
-    for name in ("a", "b"):
-        assert analyze(model, text, "--out", tmp_path / name) == 0
-    for name in ("routing.json", "explorer.html"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+def test_long_texts_are_sampled():
+    numbers, passages = analysed({"long": b"abc " * 1000}, tokens=100)
+    assert numbers["domains"]["long"]["tokens"] == 100
+    assert len(passages["long"].pieces) == 2000
 
 
-def test_two_files_of_one_name_are_told_apart(model, text, tmp_path, capsys):
-    other = tmp_path / text.name
-    other.write_text("another")
-    assert analyze(model, text, other, "--out", tmp_path / "out") == 0
-    assert list(json.loads((tmp_path / "out" / "routing.json").read_text())["domains"]) == [str(text), str(other)]
+def test_the_same_text_gives_the_same_page():
+    pages = [explorer.page(*analysed({"a": b"the same " * 9, "b": b"text"})) for _ in range(2)]
+    assert pages[0] == pages[1]
+
+
+def test_a_terminal_in_colour_shows_tokens_in_the_colours_of_their_experts(capsys, monkeypatch):
+    for name, value in (("FORCE_COLOR", "1"), ("COLORTERM", "truecolor"), ("TERM", "xterm-256color")):
+        monkeypatch.setenv(name, value)
+    numbers, passages = analysed({"[bold]name": b"[red]ab"})
+    summary.show(numbers, passages)
+    lines = capsys.readouterr().out.splitlines()
+    assert "[bold]name:" in lines[-2]
+    experts = passages["[bold]name"].experts[1, :, 0]
+    codes = [";".join(str(int(numbers["colours"][expert][i : i + 2], 16)) for i in (1, 3, 5)) for expert in experts]
+    assert re.findall(r"48;2;(\d+;\d+;\d+)m(.)", lines[-1]) == list(zip(codes, "[red]ab"))
+
+
+def test_two_files_of_one_name_are_told_apart():
+    assert list(analysed({"a/x.txt": b"one", "b/y.txt": b"two"})[0]["domains"]) == ["x.txt", "y.txt"]
+    assert list(analysed({"a/x.txt": b"one", "b/x.txt": b"two"})[0]["domains"]) == ["a/x.txt", "b/x.txt"]
 
 
 def test_a_run_has_text_of_its_own(tmp_path, text, capsys):
@@ -146,8 +160,10 @@ def test_a_run_that_cannot_be_written_to_says_to_give_another_folder(tmp_path, t
     assert (model / "analysis").read_text() == "in the way"
 
 
-def test_weights_that_are_not_finite_are_one_line_and_leave_nothing_behind_but_the_folder(tmp_path, text, capsys):
-    model = Mixtral.init(MICRO)
-    model.params["layers.1.moe.gate"][:] = np.nan
-    model.save_pretrained(tmp_path)
-    assert "layer 1" in refused(capsys, tmp_path, text)
+def test_a_failed_analysis_leaves_the_one_before(model, text, tmp_path, capsys, monkeypatch):
+    (tmp_path / "routing.json").write_text("before")
+    monkeypatch.setattr(analysis.figures, "share_figure", lambda numbers: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        analyze(model, text, "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["routing.json"]
+    assert (tmp_path / "routing.json").read_text() == "before"

@@ -116,6 +116,14 @@ def test_independent_tokens_have_wilson_s_interval():
     assert np.allclose(high - low, wide, rtol=0.02)
 
 
+def test_the_design_effect_of_two_blocks_by_hand():
+    _, low, high = routing.shares(np.array([[8, 2], [2, 8]]))
+    design_effect = (2 * 2 * (3**2 + 3**2) / 20**2) / (2 * 0.5 * 0.5 / 20)
+    expected_low, expected_high = routing.wilson(np.array([0.5, 0.5]), 20 / design_effect)
+    assert np.allclose(low, expected_low)
+    assert np.allclose(high, expected_high)
+
+
 def coverage(stay, trials=300):
     """Return how often the interval holds the true share if a token keeps its neighbour's expert that often."""
     rng = np.random.default_rng(3)

@@ -26,6 +26,7 @@ def test_each_text_hides_one_key_where_it_says_and_ends_with_it(count, length, d
         text, answer = bytes(tokens.tolist()), bytes(key.tolist())
         assert len(answer) == DIGITS
         assert answer.isdigit()
+        assert len(set(answer)) == DIGITS
         assert text[start - len(SENTENCE) :].startswith(SENTENCE + answer + STOP)
         assert text.endswith(SENTENCE + answer)
         assert text.count(SENTENCE) == 2

@@ -1,5 +1,6 @@
 """Which expert gets which token, and why one should believe it: section 5 of the paper on any model and any text."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,37 +33,68 @@ def command(
 
     Parameters
     ----------
+    model, tokenizer, texts, seq_len, name, tokens
+        See `analyse`.
+    folder
+        To write to; made if need be.
+
+    Raises
+    ------
+    InputError
+        See `analyse`; or the folder cannot be written.
+    """
+    _check(model, tokens)
+    _make(folder)
+    numbers, passages = analyse(model, tokenizer, texts, seq_len, name, tokens)
+    _write(folder, numbers, passages)
+    summary.show(numbers, passages)
+    print(f"\n{folder / 'explorer.html'} shows every token in a browser; beside it are the figures and routing.json")
+
+
+def analyse(
+    model: Mixtral,
+    tokenizer: Tokenizer,
+    texts: Mapping[str, Sequence[Document]],
+    seq_len: int,
+    name: str,
+    tokens: int = TOKENS,
+) -> tuple[dict[str, Any], dict[str, explorer.Passage]]:
+    """Let the model read texts and count where their tokens go; print a line for each.
+
+    Parameters
+    ----------
     model, tokenizer
         Of one directory.
     texts
         Domain → its documents; of paths, the last part is shown if it tells them apart.
     seq_len
         Tokens in a window, at most the model's context.
-    folder
-        To write to; made if need be.
     name
         Of the model, for titles.
     tokens
         The most that are read of each domain.
 
+    Returns
+    -------
+    numbers
+        Plain JSON: ``model``, ``layers`` (those with experts), ``num_experts``, ``top_k``, ``seq_len``, ``colours``
+        (of the experts), ``chance`` (of repetition, see `routing.repetition_by_chance`), and ``domains``, each with
+        ``documents`` and what `routing.summarise` returns.
+    passages
+        Domain → some of its text, token by token.
+
     Raises
     ------
     InputError
-        The model is dense, or its experts choose tokens; a text has no token; or the folder cannot be written.
+        The model is dense, or its experts choose tokens; or a text has no token.
     """
+    _check(model, tokens)
     config = model.config
-    if config.num_experts == 0:
-        raise InputError("this model is dense: it has no experts, so there is no routing to analyse")
-    if config.expert_choice:
-        raise InputError("this model's experts choose their tokens: no token has a first choice to analyse")
-    if tokens < 1:
-        raise InputError(f"--tokens is {tokens}; give at least 1")
     texts = dict(zip(_short(list(texts)), texts.values()))
     encoded = {domain: [tokenizer.encode(document.text) for document in texts[domain]] for domain in texts}
     for domain, documents in encoded.items():
         if not any(map(len, documents)):
             raise InputError(f"{domain} has no token for this tokenizer: give a text that is not empty")
-    _make(folder)
     numbers: dict[str, Any] = {
         "model": name,
         "layers": list(config.moe_layers),
@@ -85,9 +117,16 @@ def command(
         numbers["domains"][domain] = {"documents": documents_read, **routing.summarise(observed)}
         read = observe(model, passage(documents, seq_len, room), seq_len)
         passages[domain] = _passage(tokenizer, read, [document.name for document in texts[domain]])
-    _write(folder, numbers, passages)
-    summary.show(numbers, passages)
-    print(f"\n{folder / 'explorer.html'} shows every token in a browser; beside it are the figures and routing.json")
+    return numbers, passages
+
+
+def _check(model: Mixtral, tokens: int) -> None:
+    if model.config.num_experts == 0:
+        raise InputError("this model is dense: it has no experts, so there is no routing to analyse")
+    if model.config.expert_choice:
+        raise InputError("this model's experts choose their tokens: no token has a first choice to analyse")
+    if tokens < 1:
+        raise InputError(f"--tokens is {tokens}; give at least 1")
 
 
 def _short(domains: list[str]) -> list[str]:
@@ -108,8 +147,8 @@ def _make(folder: Path) -> None:
     """Make the folder and try to write to it, before minutes are spent."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "routing.json") as partial:
-            partial.write_text("{}\n")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise InputError(
             f"cannot write to {folder}: {error.strerror or error}; give another folder with --out DIR"

@@ -50,7 +50,7 @@ def sample(documents: Sequence[Array], seq_len: int, most: int) -> list[Window]:
     ]
     total = sum(len(window.tokens) for window in windows)
     if total > most:
-        count = max(1, len(windows) * most // total)
+        count = -(-len(windows) * most // total)  # rounded up
         windows = [windows[len(windows) * number // count] for number in range(count)]
     before = np.cumsum([0, *(len(window.tokens) for window in windows)])
     kept = [window._replace(tokens=window.tokens[: max(0, most - start)]) for window, start in zip(windows, before)]

@@ -30,8 +30,8 @@ SENTENCE, STOP = b"the pass key is ", b". "
 WORDS = b"the grass is green the sky is blue the sun is yellow here we go there and back again".split()
 DIGITS = 4
 SHORTEST = 2 * (len(SENTENCE) + DIGITS) + len(STOP)  # no filler at all
-TRAINED = 256  # bytes
-TOKENS = 4096  # of a training batch, about
+TRAINED = 128  # bytes
+TOKENS = 2304  # of a training batch, about
 GROWTH = 0.4  # of the steps: until the longest texts are as long as the trained length
 TEXT_WINDOWS = 64
 
@@ -47,6 +47,9 @@ class Passages(NamedTuple):
 def passages(count: int, length: int, rng: np.random.Generator, depth: float | None = None) -> Passages:
     """Return texts of filler words in which "the pass key is 4821. " is hidden, and "the pass key is 4821" the end.
 
+    The digits of a key differ. So the byte before an answer's digit, the space or a digit, says where in the key it is,
+    and an induction head (Olsson et al. 2022, arXiv 2209.11895) can copy what followed it.
+
     Parameters
     ----------
     count
@@ -60,7 +63,7 @@ def passages(count: int, length: int, rng: np.random.Generator, depth: float | N
     if room < 0:
         raise ValueError(f"length is {length}; a passage has at least {SHORTEST} bytes")
     tokens = np.empty((count, length), np.int64)
-    keys = rng.integers(ord("0"), ord("9") + 1, (count, DIGITS))
+    keys = rng.permuted(np.tile(np.arange(ord("0"), ord("9") + 1), (count, 1)), axis=1)[:, :DIGITS]
     starts = np.empty(count, np.int64)
     for row, key in enumerate(keys):
         at = round(room * depth) if depth is not None else int(rng.integers(room + 1))
@@ -121,16 +124,16 @@ def loss_by_position(model: Mixtral, windows: Array, edges: Sequence[int]) -> li
 
 def run(seed: int, quick: bool) -> dict[str, Any]:
     """Return exact retrieval by length and position, and the loss on text by context, with and without a window."""
-    inside = (48, 64) if quick else (48, 64, 96, 128, 192, TRAINED)
-    beyond = (80,) if quick else (320, 384, 512, 768, 1024)
+    inside = (48, 64) if quick else (48, 64, 80, 96, 112, TRAINED)
+    beyond = (80,) if quick else (160, 192, 256, 384, 512)
     depths = np.linspace(0, 1, 3 if quick else 10).tolist()
     count = 4 if quick else 50
     shape = dict(dim=64, n_layers=3, hidden_dim=32, n_heads=4, n_kv_heads=2, num_experts=4, vocab_size=128)
     if quick:
         shape |= dict(dim=16, n_layers=1)
-    steps, longest, tokens = (3, inside[-1], 256) if quick else (2000, TRAINED, TOKENS)
+    steps, longest, tokens = (3, inside[-1], 256) if quick else (3000, TRAINED, TOKENS)
     models: dict[str, Any] = {}
-    for name, window in (("full", None), ("window", 16 if quick else 64)):
+    for name, window in (("full", None), ("window", 16 if quick else 32)):
         config = MixtralConfig(**shape, sliding_window=window)  # type: ignore[arg-type]
         model, losses = _learn_passkeys(config, PasskeyBatches(steps, longest, tokens, seed), seed, quick)
         rng = np.random.default_rng([seed, steps])  # of no batch
