@@ -22,8 +22,8 @@ _HOME = {
     "generate": "tinymoe.generation",
     "hf_load_balancing_loss": "tinymoe.reference.balance",
 }
-_ROOMS = ("reference", "checkpoint", "data", "tokenizer", "training", "generation", "cache", "config", "corpora")
-_ROOMS += ("examples", "instruct")
+_ROOMS = {"reference", "checkpoint", "data", "examples", "tokenizer", "training", "instruct", "generation"}
+_ROOMS |= {"cache", "config", "corpora"}
 
 __all__ = sorted([*_HOME, "__version__"])
 

@@ -64,8 +64,7 @@ __global__ void router_forward(const T *x, const T *w_gate, const float *noise, 
         if (lane == best % WARP) taken |= 1u << best / WARP;
         float logit = 0;
 #pragma unroll
-        for (int i = 0; i < HELD; i++)
-            if (i == best / WARP) logit = held[i];
+        for (int i = 0; i < HELD; i++) logit = i == best / WARP ? held[i] : logit;
         logit = __shfl_sync(ALL_LANES, logit, best % WARP);
         largest = max(largest, logit);
         if (lane == choice % WARP) {
