@@ -63,13 +63,14 @@ def test_texts_grow_to_the_longest_length_and_the_first_are_the_shortest():
 @given(st.integers(0, 5))
 def test_retrieved_is_what_greedy_decoding_would_write(seed):
     model, asked = Mixtral.init(micro(vocab_size=128), seed), passages(3, 60, np.random.default_rng(seed))
-    for row in range(3):  # the first with the digits that this model writes, so that one answer is right
-        prompt = asked.tokens[row, :-DIGITS]
-        written = generate(model, prompt, DIGITS)[-DIGITS:]
-        if row == 0:
-            asked.keys[0] = asked.tokens[0, -DIGITS:] = written
-        assert passkey.retrieved(model, asked)[row] == (written == asked.keys[row]).all()
-    assert passkey.retrieved(model, asked)[0]
+    for row, wrong in enumerate(
+        (0, 1, None)
+    ):  # the key is made what the model writes, but for one digit, or is as drawn
+        written = generate(model, asked.tokens[row, :-DIGITS], DIGITS)[-DIGITS:]
+        if wrong is not None:
+            written[-1] = (written[-1] + wrong) % 128
+            asked.keys[row] = asked.tokens[row, -DIGITS:] = written
+    assert passkey.retrieved(model, asked).tolist() == [True, False, False]
 
 
 @given(st.integers(1, 3), st.integers(2, 9), rngs)
