@@ -43,6 +43,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "for(intby=1;by+1<SCAN_THREADS;by*=2,from=1-from){": "the powers of two below are the same",
     },
     "expert_choice.cu": {
+        "for(inti=0;i<=HELD;i++)": "beyond the last expert there is nothing to store",
+        "for(intshift=64-BITS;shift+1>=0&&needed>0;shift-=BITS){": "shift is a multiple of BITS",
+        "needed=digit.taken<=digit.count?digit.taken:0;": "without the early end the remaining digits say the same",
         "for(intby=1;by<=WARP;by*=2){": "no lane is as high as WARP",
         "for(intby=1;by+1<WARP;by*=2){": "the powers of two below are the same",
     },
@@ -53,5 +56,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "router.cu": {
         "returna.score>b.score||(a.score==b.score&&a.expert<=b.expert)?a:b;": "of one expert, a and b are the same",
+    },
+    "variation.cu": {
+        "for(inti=0;i<=HELD;i++){": "beyond the last expert there is nothing to store",
     },
 }

@@ -12,6 +12,7 @@ from tinymoe import Mixtral, MixtralConfig, cli, generate
 from tinymoe.experiments import passkey
 from tinymoe.experiments.learning import micro
 from tinymoe.experiments.passkey import DIGITS, SENTENCE, SHORTEST, STOP, PasskeyBatches, passages
+from tinymoe.reference import cross_entropy
 from tinymoe.reference.loss import IGNORED
 
 lengths = st.integers(SHORTEST, 150)
@@ -63,9 +64,7 @@ def test_texts_grow_to_the_longest_length_and_the_first_are_the_shortest():
 @given(st.integers(0, 5))
 def test_retrieved_is_what_greedy_decoding_would_write(seed):
     model, asked = Mixtral.init(micro(vocab_size=128), seed), passages(3, 60, np.random.default_rng(seed))
-    for row, wrong in enumerate(
-        (0, 1, None)
-    ):  # the key is made what the model writes, but for one digit, or is as drawn
+    for row, wrong in enumerate((0, 1, None)):  # the key becomes what the model writes; but for one digit; stays
         written = generate(model, asked.tokens[row, :-DIGITS], DIGITS)[-DIGITS:]
         if wrong is not None:
             written[-1] = (written[-1] + wrong) % 128
@@ -94,14 +93,12 @@ def test_full_attention_has_no_reach():
     assert passkey.reach(MixtralConfig.tiny()) is None
 
 
-def test_loss_by_position_adds_up_to_the_loss_of_the_whole():
+def test_loss_by_context_is_of_the_same_last_tokens_and_of_what_stands_before_them():
     model, windows = Mixtral.init(micro(), 1), np.random.default_rng(1).integers(256, size=(3, 33))
-    parts = passkey.loss_by_position(model, windows, [0, 8, 16, 32])
-    whole = model.loss(windows[:, :-1], windows[:, 1:])
-    assert np.average(parts, weights=[8, 8, 16]) == pytest.approx(whole, rel=1e-5)
-    first = model(windows[:, :8])
-    assert parts[0] == pytest.approx(model.loss(windows[:, :8], windows[:, 1:9]), rel=1e-5)
-    assert first.shape == (3, 8, 256)
+    for context, loss in zip((1, 5, 29), passkey.loss_by_context(model, windows, (1, 5, 29), 4)):
+        logits = model(windows[:, 33 - 4 - context : -1])[:, -4:]
+        expected, _ = cross_entropy(logits.reshape(12, -1), windows[:, -4:].ravel())
+        assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_quick_mode_writes_numbers_and_figure(tmp_path):
@@ -117,7 +114,7 @@ def test_quick_mode_writes_numbers_and_figure(tmp_path):
         assert of_model["inside"].endswith(" of 24")
         assert of_model["beyond"].endswith(" of 12")
     of_text = numbers["text"]
-    assert all(len(losses) == len(of_text["edges"]) - 1 for losses in of_text["loss"].values())
+    assert all(len(losses) == len(of_text["contexts"]) for losses in of_text["loss"].values())
     assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -76,6 +76,14 @@ def test_lru_hits_are_those_of_a_cache_kept_slot_by_slot(text):
     assert rates[-1] == pytest.approx(1)
 
 
+def test_of_a_tokens_experts_the_first_choice_stays_longest():
+    text = np.array([[0, 1], [2, 3], [0, 4]])  # three slots hold 2, 3 and 0 when the last token comes
+    assert lru_hit_rates(text, 5)[2] == pytest.approx((2 + 1 + 1) / 6)  # at first they hold 0, 1 and 2
+    assert kept_slot_by_slot(text, 5, 3) == pytest.approx(4 / 6)
+    text[0] = [1, 0]
+    assert lru_hit_rates(text, 5)[2] == pytest.approx((2 + 1 + 0) / 6)
+
+
 @pytest.mark.parametrize(("E", "k", "T"), [(3, 1, 4), (4, 2, 3), (3, 2, 4)])
 def test_uniform_choices_hit_n_of_E_on_average_over_every_text(E, k, T):
     choices = list(itertools.permutations(range(E), k))

@@ -6,14 +6,14 @@ What to look at (after figure 4 of Mixtral of Experts, arXiv 2401.04088; the tas
 * Inside the trained length a model with full attention finds the key in every text, wherever it is hidden.
 * With a sliding window of W, what is further back than W − 1 tokens is out of sight of one layer, and what is further
   back than L · (W − 1) tokens out of reach of all L: not even a trace of the key arrives, and retrieval is chance. In
-  between, tokens on the way would have to pick the key up and the next layer to hand it on.
+  between it takes tokens on the way that pick the key up in one layer, for the next layer to find it there: they learn
+  to, and retrieval goes down only where the reach of all layers ends, however long the text.
 * Beyond the trained length full attention meets rotary angles that it never saw, and retrieval decays to nothing.
-* On text, the loss falls with the context; beyond the trained length it rises again under full attention, and stays
-  where it was under a window, which never sees a distance that it was not trained on.
+* On text, the loss of the same bytes falls with the context before them; beyond the trained length it jumps under full
+  attention, and stays where it was under a window, which never sees a distance that it was not trained on.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from tinymoe import training
 from tinymoe.config import MixtralConfig
 from tinymoe.experiments.learning import learn, text
 from tinymoe.model import Mixtral
-from tinymoe.reference import AdamW, cross_entropy
+from tinymoe.reference import AdamW
 from tinymoe.reference.loss import IGNORED
 
 Array = np.ndarray
@@ -33,7 +33,7 @@ SHORTEST = 2 * (len(SENTENCE) + DIGITS) + len(STOP)  # no filler at all
 TRAINED = 128  # bytes
 TOKENS = 2304  # of a training batch, about
 GROWTH = 0.4  # of the steps: until the longest texts are as long as the trained length
-TEXT_WINDOWS = 64
+TEXT_WINDOWS = 128
 
 
 class Passages(NamedTuple):
@@ -112,14 +112,19 @@ def reach(config: MixtralConfig) -> int | None:
     return None if config.sliding_window is None else config.n_layers * (config.sliding_window - 1)
 
 
-def loss_by_position(model: Mixtral, windows: Array, edges: Sequence[int]) -> list[float]:
-    """Return the mean loss in nats of the tokens at positions edges[i] + 1 … edges[i + 1] of windows (n, T + 1)."""
-    sums = np.zeros(len(edges) - 1)
-    for window in windows:
-        logits = model(window[None, :-1])[0]  # (T, V)
-        for i, (start, end) in enumerate(pairwise(edges)):
-            sums[i] += cross_entropy(logits[start:end], window[1:][start:end])[0]
-    return (sums / len(windows)).tolist()
+def loss_by_context(model: Mixtral, windows: Array, contexts: Sequence[int], scored: int) -> list[float]:
+    """Return the mean loss in nats of the same tokens, the last ``scored`` of windows (n, T), after more and more text.
+
+    With a context of c the model reads c tokens before the first of them, so it is predicted from c, the last from
+    c + scored − 1.
+    """
+    losses = []
+    for context in contexts:
+        part = windows[:, -(context + scored) :]
+        targets = part[:, 1:].copy()
+        targets[:, : context - 1] = IGNORED
+        losses.append(model.loss(part[:, :-1], targets))
+    return losses
 
 
 def run(seed: int, quick: bool) -> dict[str, Any]:
@@ -131,7 +136,7 @@ def run(seed: int, quick: bool) -> dict[str, Any]:
     shape = dict(dim=64, n_layers=3, hidden_dim=32, n_heads=4, n_kv_heads=2, num_experts=4, vocab_size=128)
     if quick:
         shape |= dict(dim=16, n_layers=1)
-    steps, longest, tokens = (3, inside[-1], 256) if quick else (3000, TRAINED, TOKENS)
+    steps, longest, tokens = (3, inside[-1], 256) if quick else (3600, TRAINED, TOKENS)
     models: dict[str, Any] = {}
     for name, window in (("full", None), ("window", 16 if quick else 32)):
         config = MixtralConfig(**shape, sliding_window=window)  # type: ignore[arg-type]
@@ -188,19 +193,20 @@ def _total(cells: list[dict[str, Any]], lengths: Sequence[int]) -> str:
 def _losses_on_text(seed: int, quick: bool) -> dict[str, Any]:
     """Train on text with and without a window; return the loss by how many bytes come before, also beyond the trained.
 
-    Held-out windows start anywhere in a document; the tokens of a bin of positions are the same for both models.
+    All losses are of the same held-out bytes, the ends of windows that stand anywhere in a document.
     """
-    trained = 16 if quick else TRAINED
-    edges = [0, *(2**i for i in range(3, 6 if quick else 11))]
+    trained, scored = (16, 8) if quick else (TRAINED, 32)
+    contexts = [4, trained - scored, 32] if quick else [4, 8, 16, 32, 64, trained - scored, 160, 256, 512, 1024]
+    size = contexts[-1] + scored
     shape = dict(dim=64, n_layers=3, hidden_dim=64, n_heads=4, n_kv_heads=2, num_experts=4, vocab_size=256)
     if quick:
         shape |= dict(dim=16, n_layers=1)
     tokens, held_out = text(quick)
     rng = np.random.default_rng([seed, 1])
-    documents = [d for of_domain in held_out.values() for d in of_domain if len(d) > edges[-1] + 1]
+    documents = [d for of_domain in held_out.values() for d in of_domain if len(d) > size]
     chosen = [documents[i] for i in rng.integers(len(documents), size=4 if quick else TEXT_WINDOWS)]
-    starts = [int(rng.integers(len(d) - edges[-1])) for d in chosen]
-    windows = np.stack([d[start : start + edges[-1] + 1] for d, start in zip(chosen, starts)]).astype(np.int64)
+    starts = [int(rng.integers(len(d) - size)) for d in chosen]
+    windows = np.stack([d[start : start + size] for d, start in zip(chosen, starts)]).astype(np.int64)
     steps = 3 if quick else 700
     options = training.Options(
         steps=steps, batch_size=TOKENS // TRAINED, seq_len=trained, warmup=steps // 10, seed=seed
@@ -208,10 +214,16 @@ def _losses_on_text(seed: int, quick: bool) -> dict[str, Any]:
     losses = {}
     for name, window in (("full", None), ("window", trained // 4)):
         config = MixtralConfig(**shape, sliding_window=window)  # type: ignore[arg-type]
-        losses[name] = loss_by_position(learn(config, tokens, options), windows, edges)
+        losses[name] = loss_by_context(learn(config, tokens, options), windows, contexts, scored)
         if not quick:
-            print(f"text, {name}: loss {losses[name][-4]:.3f} before, {losses[name][-1]:.3f} beyond", flush=True)
-    return {"trained_length": trained, "window": trained // 4, "edges": edges, "windows": len(windows), "loss": losses}
+            print(f"text, {name}: {np.round(losses[name], 3)} after {contexts} bytes", flush=True)
+    return {
+        "trained_length": trained,
+        "window": trained // 4,
+        "contexts": contexts,
+        "scored": scored * len(windows),
+        "loss": losses,
+    }
 
 
 def plot(numbers: dict[str, Any]) -> Any:
@@ -236,9 +248,14 @@ def plot(numbers: dict[str, Any]) -> Any:
     of_text = numbers["text"]
     for name, losses in of_text["loss"].items():
         label = "full attention" if name == "full" else f"a window of {of_text['window']}"
-        axes[1, 1].plot(of_text["edges"][1:], losses, "o-", markersize=4, label=label)
+        axes[1, 1].plot(of_text["contexts"], losses, "o-", markersize=4, label=label)
     axes[1, 1].axvline(of_text["trained_length"], color="black", linestyle="--", label="trained length")
-    axes[1, 1].set(title="text", xscale="log", xlabel="bytes of context, up to", ylabel="loss, nats per byte")
+    axes[1, 1].set(
+        title="the same held-out text after more and more context",
+        xscale="log",
+        xlabel="bytes of context",
+        ylabel="loss, nats per byte",
+    )
     for axis in axes[1]:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
