@@ -8,7 +8,8 @@ What to look at (after figure 4 of Mixtral of Experts, arXiv 2401.04088; the tas
   back than L · (W − 1) tokens out of reach of all L: not even a trace of the key arrives, and retrieval is chance. In
   between it takes tokens on the way that pick the key up in one layer, for the next layer to find it there: they learn
   to, and retrieval goes down only where the reach of all layers ends, however long the text.
-* Beyond the trained length full attention meets rotary angles that it never saw, and retrieval decays to nothing.
+* Beyond the trained length full attention meets rotary angles that it never saw, and retrieval breaks down, in patches
+  that differ from seed to seed.
 * On text, the loss of the same bytes falls with the context before them; beyond the trained length it jumps under full
   attention, and stays where it was under a window, which never sees a distance that it was not trained on.
 """
