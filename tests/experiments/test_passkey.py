@@ -75,18 +75,18 @@ def test_retrieved_is_what_greedy_decoding_would_write(seed):
 @given(st.integers(1, 3), st.integers(2, 9), rngs)
 def test_nothing_beyond_the_reach_of_a_window_changes_the_answer_and_its_edge_does(layers, window, rng):
     model = Mixtral.init(micro(n_layers=layers, sliding_window=window), dtype="float64")
-    for p in model.params.values():
-        if p.ndim > 1:
-            p *= 20  # so that what passes through every layer is still seen
+    for name, p in model.params.items():
+        if p.ndim > 1 and not name.endswith(("wq", "wk")):
+            p *= 20  # so that what passes through every layer is still seen, and no key is looked away from
     far = passkey.reach(model.config)
     assert far == layers * (window - 1)
     tokens = rng.integers(256, size=(1, far + 5))
     other = tokens.copy()
     other[:, : -far - 1] = (other[:, : -far - 1] + 1) % 256
     before = model(tokens)[0, -1]
-    np.testing.assert_allclose(model(other)[0, -1], before, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(model(other)[0, -1], before, rtol=0, atol=1e-9)
     other[:, -far - 1] = (tokens[:, -far - 1] + 1) % 256
-    assert np.abs(model(other)[0, -1] - before).max() > 1e-8
+    assert np.abs(model(other)[0, -1] - before).max() > 1e-4
 
 
 def test_full_attention_has_no_reach():
