@@ -10,6 +10,23 @@ from hypothesis import strategies as st
 from tinymoe import MixtralConfig
 
 rngs = st.builds(np.random.default_rng, st.integers(0, 2**32 - 1))
+SMALL = MixtralConfig(
+    dim=6,
+    n_layers=2,
+    head_dim=2,
+    hidden_dim=5,
+    n_heads=4,
+    n_kv_heads=2,
+    context_len=16,
+    vocab_size=7,
+    num_experts=4,
+    top_k_experts=2,
+    norm_eps=0.05,
+    rope_theta=100.0,
+    aux_loss_coef=0.3,
+    z_loss_coef=0.2,
+)  # small enough to differentiate by steps
+
 coefficients = st.sampled_from([0.0, 0.02, 0.5])
 
 

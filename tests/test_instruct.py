@@ -18,7 +18,7 @@ from gradients import assert_close, check_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from strategies import configs, random_params, rngs
+from strategies import SMALL, configs, random_params, rngs
 
 import tinymoe.model as model_module
 from tinymoe import InputError, Mixtral, MixtralConfig, cli, instruct, runs, training
@@ -29,20 +29,6 @@ from tinymoe.tokenizer import ByteTokenizer
 
 MICRO = MixtralConfig(
     dim=16, n_layers=2, hidden_dim=24, n_heads=2, n_kv_heads=1, vocab_size=256, num_experts=4, context_len=64
-)
-SMALL = MixtralConfig(
-    dim=6,
-    n_layers=2,
-    head_dim=2,
-    hidden_dim=5,
-    n_heads=4,
-    n_kv_heads=2,
-    context_len=16,
-    vocab_size=7,
-    num_experts=4,
-    norm_eps=0.05,
-    aux_loss_coef=0.3,
-    z_loss_coef=0.2,
 )
 
 
@@ -85,7 +71,7 @@ def test_log_probability_of_an_answer_is_that_of_its_tokens_one_after_another(co
         assert_close(log_prob, expected, 1e-10, floor=1.0)
 
 
-def differences(model, batch, loss_of, **how):
+def assert_gradients_are_differences(model, batch, loss_of, **how):
     """Compare gradients through `log_probs_and_backward` with differences of a loss, balance losses included.
 
     ``loss_of`` takes log-probabilities and gives the loss and its gradient by them.
@@ -113,7 +99,7 @@ def differences(model, batch, loss_of, **how):
 def test_gradient_of_any_loss_on_log_probabilities_equals_differences(changes):
     weights = np.array([0.7, -1.3, 0.0, 2.0, 0.1, -0.4])
     model = small_model(dataclasses.replace(SMALL, **changes))
-    differences(model, some_pairs(), lambda log_probs: (weights @ log_probs, weights), full=12)
+    assert_gradients_are_differences(model, some_pairs(), lambda log_probs: (weights @ log_probs, weights), full=12)
 
 
 @pytest.mark.parametrize("beta", [0.1, 3.0])
@@ -124,7 +110,7 @@ def test_gradient_of_dpo_through_the_model_equals_differences(beta):
         loss, saved = instruct.dpo_loss(log_probs.reshape(2, -1), batch.references, beta)
         return loss, instruct.dpo_loss_backward(1.0, saved).ravel()
 
-    differences(small_model(), batch, loss_of, full=12)
+    assert_gradients_are_differences(small_model(), batch, loss_of, full=12)
 
 
 def test_gradient_of_the_mean_log_probability_is_that_of_the_cross_entropy():
@@ -137,6 +123,18 @@ def test_gradient_of_the_mean_log_probability_is_that_of_the_cross_entropy():
     assert loss > model.losses.cross_entropy
     for name, grad in grads.items():
         assert_close(grad, expected[name], 1e-12)
+
+
+def test_log_probabilities_are_without_noise_and_capacity_so_that_a_policy_starts_at_its_reference():
+    batch = some_pairs()
+    varied = dataclasses.replace(SMALL, router_jitter=0.3, noisy_top_k=True, capacity_factor=0.5)
+    model = small_model(varied)
+    log_probs, backward = model.log_probs_and_backward(*batch[:3])
+    assert_close(log_probs, model.log_probs(*batch[:2]), 1e-13)
+    grads = backward(np.ones(len(log_probs)))
+    assert list(grads) == list(model.params)
+    for name, grad in grads.items():
+        assert grad.any() != name.endswith("moe.noise"), name
 
 
 @pytest.mark.parametrize("fill", [0, 5])

@@ -9,7 +9,7 @@ import pytest
 from gradients import assert_close, check_gradients
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import configs, random_params, rngs
+from strategies import SMALL, configs, random_params, rngs
 
 import tinymoe.model as module
 from tinymoe import AdamW, InputError, Mixtral, MixtralConfig
@@ -17,22 +17,6 @@ from tinymoe.reference import expert_load, switch_loss, z_loss
 from tinymoe.reference.loss import IGNORED
 from tinymoe.reference.router import top_k_ids
 
-SMALL = MixtralConfig(
-    dim=6,
-    n_layers=2,
-    head_dim=2,
-    hidden_dim=5,
-    n_heads=4,
-    n_kv_heads=2,
-    context_len=16,
-    vocab_size=7,
-    num_experts=4,
-    top_k_experts=2,
-    norm_eps=0.05,
-    rope_theta=100.0,
-    aux_loss_coef=0.3,
-    z_loss_coef=0.2,
-)
 VARIANTS = {
     "plain": {},
     "dense": dict(num_experts=0, top_k_experts=0),

@@ -418,7 +418,8 @@ class Mixtral:
             A layer's router logits are not finite.
         """
         tokens, targets = self._checked_pair(tokens, targets)
-        forwards = self._forwards(tokens)
+        parts = self._split(tokens)
+        forwards = self._forwards(parts, self._draws(parts))
         return self._backwards(forwards, targets, aux_loss_coef, z_loss_coef, lengths)
 
     def log_probs(self, tokens: Array, targets: Array) -> Array:
@@ -433,7 +434,7 @@ class Mixtral:
     def log_probs_and_backward(
         self, tokens: Array, targets: Array, lengths: Array | None = None
     ) -> tuple[Array, Callable[[Array], dict[str, Array]]]:
-        """Return what `log_probs` returns, and the backward of any loss on it.
+        """Return what `log_probs` returns, without noise and capacity, and the backward of any loss on it.
 
         The parameters and the errors are those of `loss_and_grads`.
 
@@ -446,7 +447,8 @@ class Mixtral:
             losses join it with the config's coefficients, and ``losses`` is left as by `loss_and_grads`.
         """
         tokens, targets = self._checked_pair(tokens, targets)
-        forwards = self._forwards(tokens)
+        parts = self._split(tokens)
+        forwards = self._forwards(parts, [{}] * len(parts))
 
         def part(forward: Forward, targets: Array) -> Array:
             logits, _ = self.ops.linear(forward.hidden, self._head())  # (N, V)
@@ -464,16 +466,13 @@ class Mixtral:
         means = [self.ops.cross_entropy(rows, self._ids(row))[0] for rows, row in zip(apart, targets)]
         return -np.array([self._number(mean) for mean in means]) * np.count_nonzero(targets != IGNORED, axis=1)
 
-    def _forwards(self, tokens: Array) -> list[Forward]:
-        """Run the forward pass of a batch as in training, cut over the workers."""
+    def _forwards(self, parts: list[Array], draws: list[dict[int, Draws]]) -> list[Forward]:
+        """Run the forward pass of the parts of a batch, with noise and capacity where there are draws."""
         if not isinstance(self.params, dict):
             raise InputError("a memory-mapped model only reads its weights: load it without mmap to train it")
-        rotation = self._rotation(np.arange(tokens.shape[1]))
-        parts = self._split(tokens)
+        rotation = self._rotation(np.arange(parts[0].shape[1]))
         return workers.run(
-            lambda part, draws: self._forward(part, rotation, draws),
-            *(parts, self._draws(parts)),
-            workers=self.num_workers,
+            lambda part, of_part: self._forward(part, rotation, of_part), parts, draws, workers=self.num_workers
         )
 
     def _backwards(
@@ -638,10 +637,12 @@ class Mixtral:
                 for part in others:
                     total[name] += part[name]
 
-        total |= {name: np.zeros_like(p) for name, p in self.params.items() if name.endswith("moe.bias")}
-        names = [name for name in self.params if not name.endswith("moe.bias")]
+        names = list(total)
         if others:
             workers.run(add, [names[i :: self.num_workers] for i in range(self.num_workers)], workers=self.num_workers)
+        # A bias only selects, and noise that was not drawn has no scale to learn: no component gives their gradients.
+        apart = {n: np.zeros_like(p) for n, p in self.params.items() if n.endswith(("moe.bias", "moe.noise"))}
+        total = apart | total
         return {name: total[name] for name in self.params}
 
     # Checks at the public edge.
