@@ -7,6 +7,7 @@ import pytest
 from gradients import assert_close, slope
 
 from tinymoe import Mixtral, cli
+from tinymoe.data import IGNORED
 from tinymoe.experiments import balance
 from tinymoe.experiments.learning import micro
 from tinymoe.reference import expert_load
@@ -42,21 +43,27 @@ def test_head_start_makes_two_experts_the_only_ones_that_matter():
             np.testing.assert_array_equal(p, before[name])
 
 
-def test_measures_are_those_of_the_routing():
+def test_measures_are_those_of_the_routing_of_all_but_the_padding():
     model = Mixtral.init(micro(top_k_experts=3), seed=3)
-    windows = [np.random.default_rng(i).integers(0, 256, (2, 10)) for i in range(2)]
+    texts = [np.random.default_rng(i).integers(0, 256, (2, 11)) for i in range(2)]
+    windows = [(text[:, :-1], text[:, 1:].copy()) for text in texts]
+    windows[1][1][1, 4:] = IGNORED
     found = balance.measure(model, windows, {})
+    real = np.ones(40, bool)
+    real[34:] = False
     for layer in range(2):
-        routed = [model.routing(window)[layer] for window in windows]
-        experts = np.concatenate([experts for _, experts, _ in routed])
+        routed = [model.routing(inputs)[layer] for inputs, _ in windows]
+        experts = np.concatenate([experts for _, experts, _ in routed])[real]
         counts = np.bincount(experts.ravel(), minlength=8)
-        assert_close(found["load"][layer], counts / 120, 1e-4)
-        assert found["busiest"][layer] == pytest.approx(8 * counts.max() / 120, abs=1e-3)
+        assert_close(found["load"][layer], counts / (3 * 34), 1e-4)
+        assert found["busiest"][layer] == pytest.approx(8 * counts.max() / (3 * 34), abs=1e-3)
         first = sorted(np.bincount(experts[:, 0], minlength=8))[-2:]
-        assert found["captured"][layer] == pytest.approx(sum(first) / 40, abs=1e-3)
-        p = np.exp(np.concatenate([logits for *_, logits in routed]).astype(float))
+        assert found["captured"][layer] == pytest.approx(sum(first) / 34, abs=1e-3)
+        p = np.exp(np.concatenate([logits for *_, logits in routed])[real].astype(float))
         p /= p.sum(axis=1, keepdims=True)
         assert found["entropy"][layer] == pytest.approx(-(p * np.log(p)).sum(axis=1).mean(), abs=1e-3)
+    losses = [model.loss(*window) for window in windows]
+    assert found["val_loss"] == pytest.approx((20 * losses[0] + 14 * losses[1]) / 34, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", balance.LOSSES)

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from tinymoe.config import MixtralConfig
-from tinymoe.data import held_out_windows
+from tinymoe.data import IGNORED
 from tinymoe.experiments.learning import learn, micro, text
 from tinymoe.model import Mixtral
 from tinymoe.reference import expert_load, softmax, switch_loss, switch_loss_backward
 from tinymoe.reference.router import top_k_ids
-from tinymoe.training import Options
+from tinymoe.training import Options, Windows, evaluate, sample_windows
 
 Array = np.ndarray
 HEAD_START = 2  # experts
@@ -41,18 +41,14 @@ def run(seed: int, quick: bool) -> dict[str, Any]:
     seq_len = 16 if quick else 128
     steps, every = (4, 2) if quick else (900, 50)
     options = Options(steps=steps, batch_size=4 if quick else 16, seq_len=seq_len, warmup=steps // 10, seed=seed)
-    documents = [document for of_domain in held_out.values() for document in of_domain]
-    windows = [inputs for inputs, _ in held_out_windows(documents, seq_len, batch_size=8)]
-    windows = windows[:: max(1, len(windows) // 8)][:8]
+    windows = sample_windows(held_out, seq_len, most=8 if quick else 128)
     trained = {}
     for name, changes in METHODS.items():
         config = micro(**changes) if quick else MixtralConfig.small(**changes)
         trained[name] = _train(config, tokens, windows, options, every)
         if not quick:
             end = trained[name][-1]
-            print(
-                f"{name:<14} loss {end['train_loss']:.3f}, busiest expert {max(end['busiest']):.2f} x fair", flush=True
-            )
+            print(f"{name:<16} loss {end['val_loss']:.3f}, busiest expert {max(end['busiest']):.2f} x fair", flush=True)
     return {
         "provoked": f"all experts but {HEAD_START} start at 1/100",
         "methods": trained,
@@ -61,13 +57,13 @@ def run(seed: int, quick: bool) -> dict[str, Any]:
 
 
 def _train(
-    config: MixtralConfig, tokens: Array, windows: list[Array], options: Options, every: int
+    config: MixtralConfig, tokens: Array, windows: Windows, options: Options, every: int
 ) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
 
     def observe(step: int, model: Mixtral, line: dict[str, Any]) -> None:
         if step % every == 0 or step == 1:
-            lines.append({"step": step, "train_loss": line["train_loss"], **measure(model, windows, line)})
+            lines.append({"step": step, **measure(model, windows, line)})
 
     learn(config, tokens, options, observe, _give_head_start)
     return lines
@@ -79,19 +75,22 @@ def _give_head_start(params: Mapping[str, Array]) -> None:
             w[HEAD_START:] *= 0.01
 
 
-def measure(model: Mixtral, windows: list[Array], line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return by layer what the routing of held-out windows (B, T) looks like.
+def measure(model: Mixtral, windows: Windows, line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the loss on held-out windows (inputs, targets), (B, T), and by layer what their routing looks like.
 
     ``load``: each expert's share of the assignments; ``busiest``: the largest, over the fair share 1/E; ``captured``:
     the share of first choices that go to the two most frequent; ``entropy``: of the router's probabilities, mean over
     tokens, in nats; ``dropped``: the share of the training batch's assignments without room.
     """
     E = model.config.num_experts
-    by_layer = list(zip(*map(model.routing, windows)))
-    loads = [expert_load(np.concatenate([experts for _, experts, _ in layer]), E) for layer in by_layer]
-    probs = [softmax(np.concatenate([logits for *_, logits in layer]).astype(np.float64)) for layer in by_layer]
+    real = np.concatenate([targets.ravel() != IGNORED for _, targets in windows])  # all but the padding
+    by_layer = list(zip(*(model.routing(inputs) for inputs, _ in windows)))
+    loads = [expert_load(np.concatenate([experts for _, experts, _ in layer])[real], E) for layer in by_layer]
+    logits = [np.concatenate([logits for *_, logits in layer])[real] for layer in by_layer]
+    probs = [softmax(of_layer.astype(np.float64)) for of_layer in logits]
     firsts = [np.bincount(p.argmax(axis=1), minlength=E) / len(p) for p in probs]
     return {
+        "val_loss": round(evaluate(model, windows)[0], 5),
         "load": [np.round(load, 5).tolist() for load in loads],
         "busiest": [round(float(load.max() * E), 4) for load in loads],
         "captured": [round(float(np.sort(first)[-2:].sum()), 4) for first in firsts],
@@ -180,11 +179,11 @@ def plot(numbers: dict[str, Any]) -> Any:
         "busiest": "busiest expert, times its fair share (worst layer)",
         "captured": "share of first choices on two experts (worst layer)",
         "entropy": "entropy of the router, nats (mean over layers)",
-        "train_loss": "training loss, nats per byte",
+        "val_loss": "held-out loss, nats per byte",
     }
     for axis, (key, title) in zip(axes, titles.items()):
         for name, lines in numbers["methods"].items():
-            reduce = np.mean if key in ("entropy", "train_loss") else np.max
+            reduce = np.mean if key in ("entropy", "val_loss") else np.max
             values = [reduce(line[key]) for line in lines]
             axis.plot([line["step"] for line in lines], values, label=name, linewidth=1.2)
         axis.set(title=title, xlabel="step")

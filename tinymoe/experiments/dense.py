@@ -4,16 +4,20 @@ Same text, same batches, same number of tokens, three seeds. The mixture has E e
 token uses k; the dense models have one feed-forward block of k·F units (as many active parameters, as many FLOPs) or of
 E·F (as many parameters in all). Where the mixture should win is the loss for the FLOPs; where it should lose is memory,
 and time where the FLOPs are not what costs: at batch 1, and on a CPU whose matrix products get smaller.
+
+Time is measured apart from the training, the three models taking turns, so that a slow minute of a shared machine is
+nobody's alone: the seconds of a curve are its steps times the median time of a step.
 """
 
 import statistics
-import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from tinymoe.bench.timing import alternate
 from tinymoe.config import MixtralConfig
-from tinymoe.experiments.learning import learn, micro, text
+from tinymoe.experiments.learning import learn, micro, stepper, text
 from tinymoe.generation import generate
 from tinymoe.model import Mixtral
 from tinymoe.scale.footprint import training_flops
@@ -21,7 +25,7 @@ from tinymoe.training import Options, evaluate, sample_windows
 
 Array = np.ndarray
 SEEDS = 3
-DECODED = 64  # tokens, to measure the latency at batch 1
+DECODED = 64  # tokens, of a timed text at batch 1
 
 
 def shapes(base: MixtralConfig) -> dict[str, dict[str, Any]]:
@@ -54,13 +58,14 @@ def run(seed: int, quick: bool) -> dict[str, Any]:
     seq_len, steps = (16, 4) if quick else (128, 600)
     windows = sample_windows(held_out, seq_len, most=8 if quick else 256)
 
+    def options(seed: int) -> Options:
+        return Options(steps=steps, batch_size=4 if quick else 16, seq_len=seq_len, warmup=steps // 10, seed=seed)
+
     def trained(changes: dict[str, Any], seed: int) -> dict[str, Any]:
-        config = MixtralConfig(**{**vars(base), **changes})
-        options = Options(steps=steps, batch_size=4 if quick else 16, seq_len=seq_len, warmup=steps // 10, seed=seed)
-        return _curve(config, tokens, windows, options, every=steps // 2 if quick else 50)
+        return _curve(_changed(base, changes), tokens, windows, options(seed), every=steps // 2 if quick else 50)
 
     compared: dict[str, list[dict[str, Any]]] = {name: [] for name in shapes(base)}
-    for s in range(seed, seed + (1 if quick else SEEDS)):  # seed after seed, so that a slow minute is nobody's alone
+    for s in range(seed, seed + (1 if quick else SEEDS)):
         for name, changes in shapes(base).items():
             compared[name].append(trained(changes, s))
             _say(quick, f"seed {s}", name, compared[name][-1])
@@ -68,46 +73,53 @@ def run(seed: int, quick: bool) -> dict[str, Any]:
     for name, changes in list(ablations(base).items())[: 2 if quick else None]:
         shaped[name] = trained(changes, seed)
         _say(quick, "shape", name, shaped[name])
-    return {"compared": compared, "margins": margins(compared), "ablations": shaped}
+    configs = {name: _changed(base, changes) for name, changes in shapes(base).items()}
+    times = _times(configs, tokens, options(seed), quick)
+    return {"compared": compared, "margins": margins(compared), "ablations": shaped, "seconds": times}
+
+
+def _changed(base: MixtralConfig, changes: dict[str, Any]) -> MixtralConfig:
+    return MixtralConfig(**{**vars(base), **changes})
 
 
 def _say(quick: bool, what: str, name: str, found: dict[str, Any]) -> None:
     if not quick:
-        print(f"{what}: {name:<34} {found['curve'][-1]['val_loss']:.4f} in {found['seconds']:.0f} s", flush=True)
+        print(f"{what}: {name:<34} {found['curve'][-1]['val_loss']:.4f}", flush=True)
 
 
 def _curve(config: MixtralConfig, tokens: Array, windows: Any, options: Options, every: int) -> dict[str, Any]:
-    """Train a model; return its held-out loss by step, FLOP and second, its size, and its latency at batch 1."""
+    """Train a model; return its held-out loss by step and FLOP, and its size."""
     lines: list[dict[str, float]] = []
     flops = training_flops(config, options.seq_len) * options.batch_size * options.seq_len
-    spent, start = 0.0, time.perf_counter()
 
     def observe(step: int, model: Mixtral, line: dict[str, Any]) -> None:
-        nonlocal spent, start
         if step % every == 0:
-            spent += time.perf_counter() - start
-            loss = evaluate(model, windows)[0]
-            lines.append(dict(step=step, flop=step * flops, seconds=round(spent, 2), val_loss=round(loss, 5)))
-            start = time.perf_counter()
+            lines.append(dict(step=step, flop=step * flops, val_loss=round(evaluate(model, windows)[0], 5)))
 
-    model = learn(config, tokens, options, observe)
+    learn(config, tokens, options, observe)
     return {
         "curve": lines,
-        "seconds": round(spent, 2),
         "parameters": config.count_parameters(),
         "active": config.count_active_parameters(),
-        "milliseconds_per_token": round(1000 * _latency(model), 3),
     }
 
 
-def _latency(model: Mixtral) -> float:
-    """Return the seconds that one token takes to decode at batch 1: the median of five texts."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        generate(model, np.zeros(8, np.int64), DECODED)
-        times.append((time.perf_counter() - start) / DECODED)
-    return statistics.median(times)
+def _times(configs: dict[str, MixtralConfig], tokens: Array, options: Options, quick: bool) -> dict[str, Any]:
+    """Return each model's median seconds of a training step and of a token decoded at batch 1, the models in turns."""
+
+    def training_step(config: MixtralConfig) -> Callable[[], Any]:
+        return stepper(Mixtral.init(config), tokens, options)
+
+    def decoding(config: MixtralConfig) -> Callable[[], Any]:
+        model = Mixtral.init(config)
+        return lambda: generate(model, np.zeros(8, np.int64), DECODED)
+
+    step = alternate({name: training_step(config) for name, config in configs.items()}, rounds=1 if quick else 40)
+    token = alternate({name: decoding(config) for name, config in configs.items()}, rounds=1 if quick else 20)
+    return {
+        name: {"step": statistics.median(step[name]), "token": statistics.median(token[name]) / DECODED}
+        for name in configs
+    }
 
 
 def margins(compared: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -137,8 +149,10 @@ def plot(numbers: dict[str, Any]) -> Any:
     grid = figure.subplots(2, 2).ravel()
     for axis, (key, label) in zip(grid, {"step": "steps", "flop": "FLOP", "seconds": "seconds on this CPU"}.items()):
         for colour, (name, runs) in enumerate(numbers["compared"].items()):
+            seconds = numbers["seconds"][name]["step"]
             for number, one in enumerate(runs):
-                xs, ys = [line[key] for line in one["curve"]], [line["val_loss"] for line in one["curve"]]
+                xs = [line["step"] * seconds if key == "seconds" else line[key] for line in one["curve"]]
+                ys = [line["val_loss"] for line in one["curve"]]
                 axis.plot(xs, ys, color=f"C{colour}", linewidth=1, label=name if number == 0 else None)
         axis.set(xlabel=label, ylabel="held-out loss, nats per byte")
         axis.grid(alpha=0.3)

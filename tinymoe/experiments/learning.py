@@ -48,9 +48,15 @@ def learn(
     """
     model = Mixtral.init(config, options.seed)
     provoke(model.params)
+    take_step = stepper(model, tokens, options)
+    for step in range(1, options.steps + 1):
+        observe(step, model, take_step())
+    return model
+
+
+def stepper(model: Mixtral, tokens: Array, options: training.Options) -> Callable[[], dict[str, Any]]:
+    """Return a function that takes the next training step and returns its line of the metrics."""
     optimizer = AdamW(model.params, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay)
     batches = Batches(tokens, options.batch_size, options.seq_len, options.seed)
     task = training.Task(batches, training.of_text, lambda model: {})
-    for step in range(1, options.steps + 1):
-        observe(step, model, training.take_step(model, optimizer, task, options))
-    return model
+    return lambda: training.take_step(model, optimizer, task, options)
