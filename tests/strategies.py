@@ -1,4 +1,4 @@
-"""The strategies that the tests share: configurations, ragged routings, and arrays from a drawn seed."""
+"""The strategies that the tests share: configurations, models, batches, ragged routings, arrays from a drawn seed."""
 
 import dataclasses
 import math
@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from tinymoe import MixtralConfig
+from tinymoe import Mixtral, MixtralConfig
+from tinymoe.reference.loss import IGNORED
 
 rngs = st.builds(np.random.default_rng, st.integers(0, 2**32 - 1))
 SMALL = MixtralConfig(
@@ -77,6 +78,30 @@ def random_params(config, rng, dtype=np.float64):
         noise = rng.standard_normal(shape)
         params[name] = (1 + 0.1 * noise if name.endswith("norm") else noise / math.sqrt(shape[-1])).astype(dtype)
     return params
+
+
+def make_model(config=SMALL, seed=0, dtype=np.float64, num_workers=1):
+    return Mixtral(config, random_params(config, np.random.default_rng(seed), dtype), num_workers=num_workers)
+
+
+@st.composite
+def models(draw):
+    config = dataclasses.replace(draw(configs()), n_layers=draw(st.integers(1, 2)))
+    return Mixtral(config, random_params(config, draw(rngs)), num_workers=1)
+
+
+@st.composite
+def batches(draw, config):
+    """Draw tokens and targets; some are ignored, but never all."""
+    B, T, rng = draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(rngs)
+    tokens, targets = rng.integers(config.vocab_size, size=(2, B, T))
+    ignored = rng.random((B, T)) < draw(st.sampled_from([0, 0.3, 0.9]))
+    ignored[rng.integers(B), rng.integers(T)] = False
+    return tokens, np.where(ignored, IGNORED, targets)
+
+
+def make_batch(config=SMALL, B=3, T=8, seed=1):
+    return np.random.default_rng(seed).integers(config.vocab_size, size=(2, B, T))
 
 
 class Routed(NamedTuple):

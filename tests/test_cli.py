@@ -256,7 +256,7 @@ def test_generation_stops_at_the_end_of_the_text(tmp_path, capsys):
 
 def test_help_and_import_load_next_to_nothing():
     script = (
-        "import sys, tinymoe.cli; tinymoe.cli._parser();"
+        "import sys, tinymoe.cli; tinymoe.cli.make_parser();"
         "print([m for m in ('numpy', 'rich', 'matplotlib', 'safetensors') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"

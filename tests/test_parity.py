@@ -72,12 +72,6 @@ def batch_of(model, shape=(2, 33)):
     return tokens, np.where(rng.random(shape) < 0.2, -100, rng.integers(0, model.config.vocab_size, shape))
 
 
-def router_logits(model, tokens):
-    # they come out of the forward pass for the backward; there is no public way to them
-    forward = model._forward(tokens, model._rotation(np.arange(tokens.shape[1])))
-    return [block.ffn.routing.logits for block in forward.blocks]
-
-
 def named_on_disk(named, config):
     """Return tensors that transformers has in memory under their names on disk, the experts apart."""
     tensors = {}
@@ -121,7 +115,7 @@ def test_no_choice_of_the_drawn_models_is_close_enough_for_rounding_to_turn_it(s
     model, k = model_of(seed), model_of(seed).config.top_k_experts
     if not 0 < k < model.config.num_experts:
         return
-    best = -np.sort(-np.concatenate(router_logits(model, batch_of(model)[0])), axis=1)
+    best = -np.sort(-np.concatenate(model.router_logits(batch_of(model)[0])), axis=1)
     assert (best[:, k - 1] - best[:, k]).min() > 1e-3
 
 
@@ -183,7 +177,7 @@ def test_auxiliary_loss_is_that_of_transformers(pair):
     model, peer = pair
     tokens, _ = batch_of(model)
     theirs = peer(torch.from_numpy(tokens), output_router_logits=True)
-    ours = hf_load_balancing_loss(router_logits(model, tokens), model.config.top_k_experts)
+    ours = hf_load_balancing_loss(model.router_logits(tokens), model.config.top_k_experts)
     assert abs(ours - theirs.aux_loss.item()) <= 1e-5
 
 

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinymoe.checks import check_tokens
 from tinymoe.errors import InputError
-from tinymoe.model import Mixtral, check_tokens
+from tinymoe.model import Mixtral
 
 Array = np.ndarray
 

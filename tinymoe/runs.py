@@ -11,9 +11,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tinymoe import __version__, atomic
+from tinymoe.checks import DTYPES
 from tinymoe.config import MixtralConfig, read_json_object
 from tinymoe.errors import InputError
-from tinymoe.model import DTYPES, Mixtral
+from tinymoe.model import Mixtral
 from tinymoe.reference.optimizer import AdamW
 
 MANIFEST, STATE, METRICS = "manifest.json", "training_state.safetensors", "metrics.jsonl"

@@ -7,10 +7,10 @@ import pytest
 from gradients import assert_close, slope
 
 from tinymoe import Mixtral, cli
-from tinymoe.data import IGNORED
 from tinymoe.experiments import balance
 from tinymoe.experiments.learning import micro
 from tinymoe.reference import expert_load
+from tinymoe.reference.loss import IGNORED
 from tinymoe.reference.router import top_k_ids
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from tinymoe.config import MixtralConfig
-from tinymoe.data import IGNORED
 from tinymoe.experiments.learning import learn, micro, text
 from tinymoe.model import Mixtral
 from tinymoe.reference import expert_load, softmax, switch_loss, switch_loss_backward
+from tinymoe.reference.loss import IGNORED
 from tinymoe.reference.router import top_k_ids
 from tinymoe.training import Options, Windows, evaluate, sample_windows
 
