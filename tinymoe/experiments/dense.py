@@ -55,7 +55,7 @@ def run(seed: int, quick: bool) -> dict[str, Any]:
     """Return the curves of all models and seeds, the margins beside their spread, and the ablations of one seed."""
     tokens, held_out = text(quick)
     base = micro() if quick else MixtralConfig.small()
-    seq_len, steps = (16, 4) if quick else (128, 600)
+    seq_len, steps = (16, 4) if quick else (128, 400)
     windows = sample_windows(held_out, seq_len, most=8 if quick else 256)
 
     def options(seed: int) -> Options:
