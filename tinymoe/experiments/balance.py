@@ -24,7 +24,7 @@ HEAD_START = 2  # experts
 OFF: dict[str, Any] = dict(aux_loss_coef=0.0)
 METHODS: dict[str, dict[str, Any]] = {
     "none": OFF,
-    "Switch loss": dict(aux_loss_coef=0.01),
+    "Switch loss": dict(aux_loss_coef=0.02),  # what the released 8x7B carries
     "bias": OFF | dict(bias_update_rate=0.005),
     "expert choice": OFF | dict(expert_choice=True),
     "capacity 1.25": OFF | dict(capacity_factor=1.25),
@@ -39,7 +39,7 @@ def run(seed: int, quick: bool) -> dict[str, Any]:
     """Return each method's measures over training, and what the losses say of three routers and do to them."""
     tokens, held_out = text(quick)
     seq_len = 16 if quick else 128
-    steps, every = (4, 2) if quick else (900, 50)
+    steps, every = (4, 2) if quick else (900, 100)
     options = Options(steps=steps, batch_size=4 if quick else 16, seq_len=seq_len, warmup=steps // 10, seed=seed)
     windows = sample_windows(held_out, seq_len, most=8 if quick else 128)
     trained = {}
