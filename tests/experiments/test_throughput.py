@@ -135,9 +135,10 @@ def test_quick_mode_writes_numbers_and_figure(tmp_path):
     first = numbers["random"]["batches"][0]
     assert first["distinct"] == [2, 2]  # one token uses its k
     assert first["distinct_uniform"] == 2
-    for line in numbers["trained"]:
+    assert set(numbers["trained"]) == set(numbers["cache"]) == {"without balancing", "Switch loss"}
+    for line in itertools.chain(*numbers["trained"].values()):
         assert all(2 <= distinct <= min(8, 2 * line["batch"]) for distinct in line["distinct"])
-    for layer in numbers["cache"]:
+    for layer in itertools.chain(*numbers["cache"].values()):
         assert layer["slots"] == list(range(2, 9))
         for name in ("generated", "shuffled", "independent", "uniform"):
             assert layer[name] == sorted(layer[name])

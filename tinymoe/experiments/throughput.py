@@ -29,6 +29,7 @@ from tinymoe.training import Options
 
 Array = np.ndarray
 PROMPT = 16  # tokens
+COEFFICIENTS = {"without balancing": 0.0, "Switch loss": 0.02}  # of the trained models
 
 
 def expected_distinct(inclusion: Array, batch: int) -> float:
@@ -86,7 +87,7 @@ def lru_hit_rates(experts: Array, num_experts: int) -> Array:
 
 
 def run(seed: int, quick: bool) -> dict[str, Any]:
-    """Return throughput by batch on random weights, distinct experts of a trained model, and hit rates of its text."""
+    """Return throughput by batch on random weights, distinct experts of trained models, and their texts' hit rates."""
     batches = [1, 2, 4] if quick else [2**i for i in range(8)]
     changes: dict[str, Any] = dict(dim=512, n_layers=2, hidden_dim=1792, n_heads=8, n_kv_heads=2, vocab_size=256)
     model = Mixtral.init(micro() if quick else MixtralConfig(**changes), seed)
@@ -100,15 +101,16 @@ def run(seed: int, quick: bool) -> dict[str, Any]:
                 f"{line['bytes_per_token'] / 1e6:6.1f} MB of weights per token",
                 flush=True,
             )
-    chosen = _generated(seed, quick)  # (L, texts, T, k)
+    chosen = {name: _generated(seed, quick, coef) for name, coef in COEFFICIENTS.items()}  # of (L, texts, T, k)
+    E = model.config.num_experts
     return {
         "random": {
             "parameters": model.config.count_parameters(),
-            "experts": model.config.num_experts,
+            "experts": E,
             "batches": timed,
         },
-        "trained": [_distinct(chosen, batch, model.config.num_experts, seed) for batch in batches],
-        "cache": [_hit_rates(of_layer, model.config.num_experts, seed) for of_layer in chosen],
+        "trained": {name: [_distinct(texts, batch, E, seed) for batch in batches] for name, texts in chosen.items()},
+        "cache": {name: [_hit_rates(layer, E, seed) for layer in texts] for name, texts in chosen.items()},
     }
 
 
@@ -138,10 +140,11 @@ def _decode(model: Mixtral, batch: int, rounds: int, seed: int) -> dict[str, Any
     }
 
 
-def _generated(seed: int, quick: bool) -> Array:
-    """Train a small model without balancing, let it continue held-out text, and return its choices (L, texts, T, k)."""
+def _generated(seed: int, quick: bool, aux_loss_coef: float) -> Array:
+    """Train a small model, let it continue held-out text, and return its choices (L, texts, T, k)."""
     tokens, held_out = text(quick)
-    config = micro(aux_loss_coef=0.0) if quick else MixtralConfig.tiny(n_layers=4, aux_loss_coef=0.0)
+    changes: dict[str, Any] = dict(aux_loss_coef=aux_loss_coef)
+    config = micro(**changes) if quick else MixtralConfig.tiny(n_layers=4, **changes)
     steps, seq_len, texts, new = (3, 16, 6, 8) if quick else (600, 128, 128, 112)
     model = learn(config, tokens, Options(steps=steps, batch_size=16, seq_len=seq_len, warmup=steps // 10, seed=seed))
     rng = np.random.default_rng([seed, 1])
@@ -211,20 +214,17 @@ def plot(numbers: dict[str, Any]) -> Any:
         axes[1].loglog(batches, [line[f"bytes_per_token{key}"] / 1e6 for line in timed], style, label=label)
     axes[1].set(title="weights read, random weights", xlabel="batch", ylabel="MB per token")
     axes[2].plot(batches, [np.mean(line["distinct"]) for line in timed], "o-", label="random weights")
-    trained = numbers["trained"]
-    of_trained = [line["batch"] for line in trained]
-    axes[2].plot(of_trained, [np.mean(line["distinct"]) for line in trained], "s-", label="trained, generated text")
-    axes[2].plot(of_trained, [np.mean(line["distinct_load"]) for line in trained], "k:", label="from its load")
+    for name, trained in numbers["trained"].items():
+        of_trained = [line["batch"] for line in trained]
+        axes[2].plot(of_trained, [np.mean(line["distinct"]) for line in trained], "s-", label=f"trained {name}")
     axes[2].plot(batches, [line["distinct_uniform"] for line in timed], "k--", label="E (1 − (1 − k/E)^B)")
     axes[2].set(title="distinct experts, mean over layers", xlabel="batch", xscale="log", ylabel="experts")
-    slots = numbers["cache"][0]["slots"]
-    for name, label, style in (
-        ("generated", "generated text", "o-"),
-        ("shuffled", "each text shuffled", "s:"),
-        ("independent", "independent, its load", "k:"),
-        ("uniform", "uniform: n / E", "k--"),
-    ):
-        axes[3].plot(slots, np.mean([layer[name] for layer in numbers["cache"]], axis=0), style, label=label)
+    for colour, (name, layers) in zip(("C1", "C2"), numbers["cache"].items()):
+        slots = layers[0]["slots"]
+        for key, label, style in (("generated", "", "o-"), ("independent", ", its load alone", ":")):
+            hits = np.mean([layer[key] for layer in layers], axis=0)
+            axes[3].plot(slots, hits, style, color=colour, label=name + label)
+    axes[3].plot(slots, layers[0]["uniform"], "k--", label="uniform: n / E")
     axes[3].set(title="hits of an expert cache, mean over layers", xlabel="slots per layer", ylabel="hit rate")
     for axis in axes[:3]:
         axis.set_xticks(batches, [str(batch) for batch in batches])
