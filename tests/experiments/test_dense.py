@@ -10,7 +10,7 @@ from tinymoe.scale.footprint import training_flops
 
 
 def configs():
-    base = MixtralConfig.small()
+    base = MixtralConfig.tiny(n_layers=3)
     return base, {name: MixtralConfig(**{**vars(base), **changes}) for name, changes in dense.shapes(base).items()}
 
 

@@ -54,8 +54,8 @@ def ablations(base: MixtralConfig) -> dict[str, dict[str, Any]]:
 def run(seed: int, quick: bool) -> dict[str, Any]:
     """Return the curves of all models and seeds, the margins beside their spread, and the ablations of one seed."""
     tokens, held_out = text(quick)
-    base = micro() if quick else MixtralConfig.small()
-    seq_len, steps = (16, 4) if quick else (128, 400)
+    base = micro() if quick else MixtralConfig.tiny(n_layers=3)
+    seq_len, steps = (16, 4) if quick else (128, 1000)
     windows = sample_windows(held_out, seq_len, most=8 if quick else 256)
 
     def options(seed: int) -> Options:

@@ -6,7 +6,8 @@
 //             each block's pairs of each expert begin, and every block's first is its expert's offset;
 //   scatter   a pair's slot is where its block begins, plus the pairs of its expert in the warps before its own, plus those
 //             in the lanes before its own, which ballots show. So pairs keep their order, whatever runs first.
-// Bytes: 5 ints per pair and 3 E per block; nothing beside the rows that follow.
+// Bytes: 4 ints per pair (its expert read twice, its slot and its token written) and 4 E per block (counts and where they
+// begin, each written and read); nothing beside the rows that follow.
 //
 // A capacity drops pairs by the same sort, of the transposed routing: there, first choices come first, and a pair's rank at
 // its expert is its slot there less the expert's offset. A thread per pair; 10 ints per pair more.

@@ -3,7 +3,7 @@
 // Idea: with one output per thread, every multiply-add takes two operands from shared memory. A thread that owns 8 x 8 of
 // them takes 8 + 8 operands for 64 multiply-adds, an eighth of the traffic.
 // Grid: a block of 128 x 128 outputs, 256 threads, 8 deep. Memory sees (128 + 128) operands for 128 * 128 multiply-adds:
-// 32 FLOPs per byte of float32; shared memory 8 FLOPs per byte. Rows of a thread are 16 apart, columns too, so that
+// 32 FLOPs per byte of float32; shared memory 2 FLOPs per byte. Rows of a thread are 16 apart, columns too, so that
 // neighbouring threads read neighbouring words of shared memory and write neighbouring words of y.
 // Loads take 4 elements along the contiguous dimension (16 bytes of float32) where the matrix allows it.
 #include "pack.h"
