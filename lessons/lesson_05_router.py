@@ -6,9 +6,9 @@ Lesson 5 · The router: two of four, ties, and a gradient
 decides, and how does a decision learn, when "the two largest" is not a function that one can differentiate?
 
 The decision is made by the smallest part of the model: one matrix with a row for each expert. In Mixtral 8x7B it has
-4096 · 8 = 32,768 weights a layer, one of 46.7 billion parameters in 45,000. We build it for one line of Python,
-derive its gradient, check both against the library, and then break it in the three ways in which it is broken most
-often.
+4096 · 8 = 32,768 weights a layer, 1.05 million in 32 layers: one in 45,000 of all parameters. We route a line of Python
+text with it, byte by byte, derive its gradient, check its forward and its gradient against the library, and then break
+it in the three ways in which it is broken most often.
 
 **You need** the softmax and its backward from :doc:`lesson 1 </lessons/lesson_01_bytes>`. On paper, with numbers for
 three tokens and four experts, the same chain stands in :doc:`/math/router`.
@@ -63,7 +63,8 @@ for n in range(4):
     print(f"{LINE[n]!r}: p = {softmax(logits)[n].round(3)} -> experts {experts[n]}, weights {weights[n].round(3)}")
 
 # %%
-# The paper writes it the other way round (section 2.1): :math:`G(x) = \mathrm{Softmax}(\mathrm{TopK}(x W_g))`, first
+# The Mixtral paper (arXiv 2401.04088, section 2.1) writes it the other way round,
+# :math:`G(x) = \mathrm{Softmax}(\mathrm{TopK}(x W_g))`: first
 # the largest logits, then a softmax over those alone. It is the same, because the sum over all experts cancels:
 #
 # .. math:: \frac{p_i}{\sum_{j\in K} p_j}
@@ -91,11 +92,11 @@ plt.show()
 # %%
 # Ties
 # ----
-# Two experts with the same probability are rarer than one thinks in float32, and common in bfloat16, which keeps 8
-# bits of each logit. Then "the two largest" is not defined, and two programs that both are right can send a token to
-# different experts, whose outputs have nothing in common. So a rule is part of the definition: **ties go to the
-# lowest expert**. A stable sort of the negated probabilities obeys it. The usual shortcut, sort upwards and take from
-# the end, does not:
+# Two experts with the same probability hardly ever meet in float32. In bfloat16, which keeps 8 significant bits, some
+# four tokens in a thousand have a second and a third choice that are equal (exercise 3 counts them). Then "the two
+# largest" is not defined, and two programs that both are right can send a token to different experts, whose outputs
+# have nothing in common. So a rule is part of the definition: **ties go to the lowest expert**. A stable sort of the
+# negated probabilities obeys it. The usual shortcut, sort upwards and take from the end, does not:
 tied = np.array([[0.0, 1.0, 1.0, 1.0]])
 print("stable, negated: ", np.argsort(-tied, kind="stable")[0, :2])
 print("upwards, reversed:", np.argsort(tied, kind="stable")[0, ::-1][:2])
@@ -129,14 +130,18 @@ print("y", y.shape)
 # 1. :math:`y = \sum_j w_j o_j`, so :math:`dw_j = dy \cdot o_j`: an expert whose output points along :math:`-dy` would
 #    lower the loss, and its weight should grow.
 # 2. :math:`w = \mathrm{softmax}` over the chosen logits, as we saw. A softmax has
-#    :math:`\partial w_i / \partial \ell_j = w_i (\delta_{ij} - w_j)`, so
+#    :math:`\partial w_i / \partial \ell_j = w_i (\delta_{ij} - w_j)`, where :math:`\delta_{ij}` is 1 if i = j, else 0.
+#    So
 #
 #    .. math:: d\ell_j = \sum_i dw_i \, w_i (\delta_{ij} - w_j) = w_j \Bigl( dw_j - \sum_i w_i \, dw_i \Bigr)
 #              \quad (j \in K), \qquad d\ell_j = 0 \quad (j \notin K).
 #
 # The sum in brackets is the weighted mean of the :math:`dw`. A logit's gradient is its weight, times how much worse its
-# expert does *than the mix of both*. And for the experts that were not chosen the gradient is exactly zero: they were
-# not asked, so nothing is known of them.
+# expert does *than the mix of both*, so that descent, which moves against it, raises the better one. With weights
+# (0.8, 0.2) and dw = (3, −2) the mean is 2, and :math:`d\ell = (0.8 \cdot 1, \; 0.2 \cdot (-4)) = (0.8, -0.8)`. For the
+# experts that were not chosen the gradient is exactly zero, since their logits do not occur in the weights.
+#
+# The backward reads :math:`o`: the outputs of all k experts of each token must be kept from the forward.
 
 
 def route_backward(dweights, weights, experts):
@@ -165,11 +170,12 @@ print("dlogits of", repr(LINE[0]), dlogits[0].round(3), "and its sum:", dlogits[
 # Checked
 # -------
 # By finite differences: move every logit a little up and a little down, and see what the loss does. Central
-# differences in float64 err by about :math:`h^2`. A token whose second and third choice are closer than h would
-# change its experts on the way; there is none here, and the smallest margin says so.
+# differences err by about :math:`h^2`, and by the rounding of the loss over h; :math:`h = 10^{-5}` is a good place
+# between both. A token whose second and third choice are closer than h would change its experts on the way; there is
+# none here, and the smallest margin says so.
 
 
-def slope(f, z, h=1e-6):
+def slope(f, z, h=1e-5):
     d = np.zeros_like(z)
     for i in np.ndindex(z.shape):
         up, down = z.copy(), z.copy()
@@ -187,23 +193,25 @@ assert abs(dlogits - measured).max() < 1e-7
 
 # %%
 # And against the library, where the same lines read :func:`tinymoe.reference.route` and
-# :func:`tinymoe.reference.route_backward`.
+# :func:`tinymoe.reference.route_backward`. The ``None`` is the gradient of a balance loss, which reads the logits, too;
+# there is none before lesson 7.
 from tinymoe.reference import route as library_route
 from tinymoe.reference import route_backward as library_route_backward
 
 routing, saved = library_route(x, w_gate, k)
-dx_library, dw_library = library_route_backward(dweights, None, saved)
+dx_library, dw_gate_library = library_route_backward(dweights, None, saved)
 assert (routing.experts == experts).all()
 np.testing.assert_allclose(routing.weights, weights, rtol=1e-12)
-np.testing.assert_allclose(dw_library, dw_gate, rtol=1e-9)
+np.testing.assert_allclose(dw_gate_library, dw_gate, rtol=1e-9)
 np.testing.assert_allclose(dx_library, dx_router, rtol=1e-9, atol=1e-12)
 print("the library agrees, forward and backward")
 
 # %%
 # What the gradient cannot see
 # ----------------------------
-# Let one logit of a token rise from −3 to 3 while the other three stay. Where its curve crosses the second place the
-# expert enters with a weight that is not near zero, and another leaves: the output jumps. Between the jumps the
+# Let the logit of expert 0 rise from −3 to 3 while the other three stay. Where it passes the second place, at 0.2, it
+# enters with a weight of 0.35, and expert 2 leaves with as much: these two jump, and so does the output. Expert 1
+# stays, and its weight has no jump; nor has any where expert 0 takes the first place, at 0.8. Between the jumps the
 # weights are smooth, and that is where the derivative lives. A gradient is blind to what lies on the other side of a
 # jump, which is one reason why a router that favours two experts early may never try the rest:
 # :doc:`lesson 7 </lessons/lesson_07_balance>`.
@@ -225,36 +233,56 @@ plt.show()
 # %%
 # Broken on purpose
 # -----------------
-# Three mistakes that are found in published code. Each still trains, which is why they last.
+# Three mistakes that are found in published code. None raises an error, and whatever else is trained still learns.
 #
-# **1. The backward of the whole softmax, without the renormalisation.** It looks natural: scatter the gradient of the
-# weights to (N, E) and go back through :math:`p = \mathrm{softmax}(\ell)`. But the weights are not p.
-dp = np.zeros((N, E))
-np.put_along_axis(dp, experts, dweights, axis=1)
-p = softmax(logits)
-wrong = p * (dp - (p * dp).sum(axis=1, keepdims=True))
+# **1. The renormaliser left out of the backward.** It looks natural: divide the gradient of the weights by the sum
+# :math:`s` of the chosen probabilities, scatter it to (N, E), and go back through
+# :math:`p = \mathrm{softmax}(\ell)`. But s depends on the logits, too.
+
+
+def forgetful_backward(dweights, logits, experts):
+    p = softmax(logits)
+    s = np.take_along_axis(p, experts, axis=1).sum(axis=1, keepdims=True)
+    dp = np.zeros_like(p)
+    np.put_along_axis(dp, experts, dweights / s, axis=1)
+    return p * (dp - (p * dp).sum(axis=1, keepdims=True))
+
+
+wrong = forgetful_backward(dweights, logits, experts)
 print("forgotten renormalisation: off by", np.linalg.norm(wrong - measured) / np.linalg.norm(measured))
 print("  and experts that nobody asked get gradient:", wrong[0].round(3))
 assert np.linalg.norm(wrong - measured) > 0.1 * np.linalg.norm(measured)
 
 # %%
 # **2. Weights that were cut off from the graph.** Some code computes the weights outside of what is differentiated, or
-# copies them through integers. Then the experts learn, and the gate stays as it was drawn. Let us see what that costs:
-# 300 steps of gradient descent on the gate alone, with its gradient and without.
+# detaches them. Then the experts learn, and the gate stays as it was drawn. To see what both mistakes cost, let the
+# gate alone descend, with the right gradient, the forgetful one, and none.
 
 
-def descend(use_gradient, steps=300, rate=0.02):
-    gate = w_gate.copy()
+def descend(backward, steps=100, rate=1e-3):
+    gate, losses = w_gate.copy(), []
     for _ in range(steps):
         y, (weights, experts, out) = mix(x @ gate.T)
+        losses.append(0.5 * ((y - goal) ** 2).sum())
         dweights = ((y - goal)[:, None, :] * out).sum(axis=2)
-        if use_gradient:
-            gate -= rate * route_backward(dweights, weights, experts).T @ x
-    return loss_of(x @ gate.T)
+        gate -= rate * backward(dweights, weights, experts, x @ gate.T).T @ x
+    return losses
 
 
-print(f"loss {loss_of(logits):.2f} -> {descend(True):.2f} with the gradient, {descend(False):.2f} without")
-assert descend(True) < descend(False)
+curves = {
+    "right": descend(lambda dw, w, experts, z: route_backward(dw, w, experts)),
+    "renormaliser forgotten": descend(lambda dw, w, experts, z: forgetful_backward(dw, z, experts)),
+    "cut off": descend(lambda dw, w, experts, z: np.zeros_like(z)),
+}
+figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+for name, losses in curves.items():
+    axes.plot(losses, label=name)
+    print(f"{name:<23} {losses[0]:.1f} -> {losses[-1]:.1f}")
+axes.set(xlabel="step", ylabel="loss")
+axes.set_title("The gate alone descends: with the right gradient, a forgetful one, and none")
+axes.legend()
+plt.show()
+assert curves["right"][-1] < min(curves["renormaliser forgotten"][-1], curves["cut off"][-1])
 
 # %%
 # **3. Top-1 with renormalisation.** With k = 1 the only weight is :math:`p_i / p_i = 1` whatever the logit, and the
@@ -272,7 +300,7 @@ print("top-1, renormalised: largest gradient", abs(route_backward(dweights[:, :1
 # * The choice itself has no gradient. The router learns through the weights: :math:`d\ell = w (dw - \sum w\,dw)` for
 #   the chosen, exactly 0 for the others. (The balance loss of lesson 7 does reach the others.)
 # * Ties go to the lowest expert, by rule, so that two programs agree.
-# * Compare a router's gradient with finite differences: its usual mistakes all still train.
+# * Compare a router's gradient with finite differences: no error message finds the first two mistakes.
 #
 # **Ask yourself.** (a) Why may the unchosen logits not matter for the weights, though softmax sums over all experts?
 # (b) What is the gradient of a token whose two experts give the same output? (c) A token has weights (0.5, 0.5) and
@@ -303,6 +331,7 @@ print("top-1, renormalised: largest gradient", abs(route_backward(dweights[:, :1
 # is expert 0, its second 1.
 #
 # 1. With k = E the chosen are all, their probabilities sum to one, and :math:`w = p`:
+p = softmax(logits)
 all_weights, all_experts = route(logits, E)
 dw = rng.standard_normal((N, E))
 dp = np.zeros((N, E))
