@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= runs/demo
 MINUTES ?= 3
 
-.PHONY: demo test lint golden bench clean
+.PHONY: demo test docs lint golden bench clean
 
 demo: .venv/demo  ## set up, train a small Mixtral on Python's library, and let it write
 	@if [ -f $(RUN)/manifest.json ]; then $(BIN)/tinymoe train --resume $(RUN); \
@@ -12,6 +12,13 @@ demo: .venv/demo  ## set up, train a small Mixtral on Python's library, and let 
 
 test: .venv/dev  ## every test that needs no GPU
 	$(BIN)/python -m pytest
+
+docs: .venv/docs docs/_mathjax/package-lock.json  ## execute the lessons and build the site in docs/_build/html
+	MPLBACKEND=agg $(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "The site is in docs/_build/html: $(PYTHON) -m http.server --directory docs/_build/html shows it."
+
+docs/_mathjax/package-lock.json: docs/package-lock.json
+	$(PYTHON) docs/fetch_mathjax.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -25,13 +32,14 @@ bench: .venv/parity  ## measure speed beside transformers
 	$(BIN)/tinymoe bench model
 
 clean:
-	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist
+	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist docs/_build docs/_mathjax docs/lessons
 
 # A stamp per set of packages, remade when pyproject.toml changes.
 .venv/demo: PACKAGES := .
 .venv/dev: PACKAGES := .[dev]
+.venv/docs: PACKAGES := .[dev,docs]
 .venv/parity: PACKAGES := .[dev,parity]
-.venv/demo .venv/dev .venv/parity: pyproject.toml
+.venv/demo .venv/dev .venv/docs .venv/parity: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "tinymoe needs Python 3.11 or newer: make PYTHON=python3.12 …" >&2; exit 2; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
