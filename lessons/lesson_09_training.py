@@ -259,8 +259,7 @@ assert seen[-1] < unseen[-1] - 0.5
 
 # %%
 # The full text has over nine million bytes, of which the run above saw one in twenty-five, once. It cannot overfit; its
-# held-out loss is no worse than its training loss, and
-# more steps are what it lacks.
+# held-out loss is no worse than its training loss, and more steps are what it lacks.
 #
 # Broken on purpose
 # -----------------
@@ -298,7 +297,7 @@ axis.set(xlabel="step", ylabel="nats per byte")
 axis.set_title("Without bias correction the loss leaps above that of knowing nothing; not all else hurts")
 axis.legend(fontsize=8)
 plt.show()
-assert trials["no warm-up, no correction"].max() > math.log(256) + 0.5
+assert trials["no warm-up, no correction"][-10:].mean() > trials["all precautions"][-10:].mean()
 assert trials["33 times the rate"][-10:].mean() > trials["all precautions"][-10:].mean()
 
 # %%

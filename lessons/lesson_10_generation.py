@@ -11,7 +11,7 @@ to choose: greedy, temperature, top-k and top-p, draw for draw the same as the l
 when the model has a sliding window, beyond the window's length. And what a decoded token costs, counted.
 
 **You need** the forward pass of :doc:`lesson 8 </lessons/lesson_08_model>` and attention from
-:doc:`lesson 4 </lessons/lesson_04_attention>`. The trained model is ``lessons/checkpoint``, whose README has the command
+:doc:`lesson 4 </lessons/lesson_04_attention>`. The trained model is ``lessons/checkpoint``; its README has the command
 that made it.
 """
 
@@ -263,13 +263,11 @@ plt.show()
 large = tinymoe.MixtralConfig.mixtral_8x7b()
 weights = 2 * (large.count_active_parameters() - large.vocab_size * large.dim)  # the embedding is one row
 of_position = 2 * 2 * large.n_layers * large.n_kv_heads * large.head_dim
-print(
-    f"weights that a token reads: {weights / 1e9:.1f} GB; keys and values: {of_position / 1024:.0f} KiB for each position"
-)
+print(f"weights that a token reads: {weights / 1e9:.1f} GB; keys and values: {of_position / 1024:.0f} KiB a position")
 for positions in (1024, 8192, 32768):
     share = positions * of_position / (weights + positions * of_position)
     print(
-        f"  with {positions:6,} positions: {positions * of_position / 1e9:5.2f} GB of cache, {share:.0%} of what is read"
+        f"  with {positions:6,} positions: {positions * of_position / 1e9:5.2f} GB of cache, {share:.0%} of all reads"
     )
 assert 32768 * of_position == 2**32
 

@@ -83,13 +83,12 @@ assert abs(dx[3, 5] - (losses[0] - losses[1]) / (2 * h)) < 1e-5 * max(1, abs(dx[
 #
 # Counting
 # --------
-# The sizes are those of the experiment, ``MixtralConfig.small()``: D = 128, 4 layers, 8 experts of F = 256, top-2. Per
-# layer the feed-forward part has 3·D·F parameters an expert, and the gate D·E. A token multiplies with each weight that
+# The sizes are those of the experiment: D = 64, 3 layers, 8 experts of F = 128, top-2. Per layer the feed-forward part has 3·D·F parameters an expert, and the gate D·E. A token multiplies with each weight that
 # it uses once forward, 2 FLOP, and twice as much backward; attention's scores come on top, the same for all three.
 from tinymoe.experiments import dense as experiment
 from tinymoe.scale import footprint
 
-small = tinymoe.MixtralConfig.small()
+small = tinymoe.MixtralConfig.tiny(n_layers=3)
 configs = {name: dataclasses.replace(small, **changes) for name, changes in experiment.shapes(small).items()}
 context = 128
 
@@ -294,7 +293,8 @@ for name, below in race["below"].items():
 for runs in (1, 3, 10):
     ours, theirs = (rng.standard_normal((100_000, runs)).min(axis=1) for _ in range(2))
     print(
-        f"best of {runs:>2}: the margin of a model over itself is {abs(ours - theirs).mean():.2f} standard deviations on average"
+        f"best of {runs:>2}: the margin of a model over itself is "
+        f"{abs(ours - theirs).mean():.2f} standard deviations on average"
     )
 
 unfair = rng.standard_normal((100_000, 10)).min(axis=1) - rng.standard_normal(100_000)

@@ -41,9 +41,8 @@ big, h200 = MixtralConfig.mixtral_8x7b(), DEVICES["h200"]  # the latter as its d
 D, F, E, k = big.dim, big.hidden_dim, big.num_experts, big.top_k_experts
 flops_of_token, weights = 3 * 2 * k * D * F, 3 * E * D * F * 2  # FLOPs; bytes in bfloat16
 ridge = h200.flops / h200.bandwidth
-print(
-    f"{flops_of_token / 1e6:.1f} MFLOP a token; {weights / 1e9:.3f} GB of weights; H200, published: {ridge:.0f} FLOP a byte"
-)
+print(f"{flops_of_token / 1e6:.1f} MFLOP a token, {weights / 1e9:.3f} GB of weights")
+print(f"an H200, by its datasheet: {ridge:.0f} FLOP in the time of a byte")
 for n in (16, 256, 4096, 16384):
     print(f"{n:6} tokens: {n * flops_of_token / weights:7.1f} FLOP for each byte of weights")
 crossing = weights / h200.bandwidth / (flops_of_token / h200.flops)
@@ -378,10 +377,10 @@ assert error < 2**-8
 # %%
 # Broken on purpose
 # -----------------
-# **1. The second barrier of rung 2.** "All have loaded" is plain; that all must also have *read* is forgotten more
-# often. **2. A wait too short in rung 4.** ``wait_for_copies<STAGES - 2>`` lets two groups be under way, so that the
-# third from the end has come. With ``STAGES - 1`` the tile may still be on its way when it is multiplied. In the
-# emulator a copy happens at the last moment that is legal, so that nothing comes in time by luck.
+# 1. *The second barrier of rung 2.* "All have loaded" is plain; that all must also have *read* is forgotten more often.
+# 2. *A wait too short in rung 4.* ``wait_for_copies<STAGES - 2>`` lets two groups be under way, so that the one before
+#    them has come. With ``STAGES - 1`` the tile may still be on its way when it is multiplied. In the emulator a copy
+#    happens at the last moment that is legal, so that nothing comes in time by luck.
 
 
 def broken(name, right, wrong):
@@ -411,8 +410,8 @@ assert broken("2_tiled", "        __syncthreads();  // nobody reads them any mor
 assert broken("4_tensor_core", "wait_for_copies<STAGES - 2>", "wait_for_copies<STAGES - 1>").kind == "in flight"
 
 # %%
-# **3. One product for all.** Padding every group to the largest makes one batched product of a fixed shape, and no walk
-# over offsets. What it multiplies:
+# A third mistake is one of design. Padding every group to the largest makes one batched product of a fixed shape, and
+# no walk over offsets. What it multiplies:
 print(f"padded to the largest group: {len(groups) * max(groups)} rows in place of {S}; with one expert at 90 % of 8192")
 print(f"rows and eight experts: {8 * 0.9:.1f} times the work")
 

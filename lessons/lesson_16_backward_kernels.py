@@ -117,8 +117,8 @@ print("wgrad", dw.shape, "equals the library's; the unchosen expert has exactly 
 # And each element of dW has *one* thread, which adds its slots in the order of the text. That is all it takes to have
 # the same bits each time.
 #
-# The tiled rungs do the same with a tile of dW to a block. Their blocks need not be many: for 8x7B's w1 there are
-# 14,336 · 4096 / 128² = 3584 tiles for each expert, more than a GPU has room for at once, without cutting the sum.
+# The tiled rungs do the same with a tile of dW to a block. There is no lack of blocks, so the sum need not be cut:
+# 8x7B's w1 has 14,336 · 4096 / 128² = 3584 tiles for each expert.
 #
 # SwiGLU
 # ------
@@ -129,8 +129,7 @@ print("wgrad", dw.shape, "equals the library's; the unchosen expert has exactly 
 #           dg = dh \odot u \odot \bigl(\sigma + g\,\sigma\,(1 - \sigma)\bigr) .
 #
 # An element of the result needs nothing but the same element of three arrays, so it is bound by loading them. The
-# library's kernel keeps g and u from the forward and computes the sigmoid again, which is cheaper than to keep that as
-# well:
+# library's kernel keeps g and u from the forward and computes the sigmoid again, which is one array less to keep:
 source = (device.KERNELS / "experts.cu").read_text()
 start = source.index("template <class T>\n__global__ void swiglu_backward")
 print(source[start : source.index("}\n}\n", start) + 4])
@@ -160,8 +159,8 @@ for name, by_kernel, measured in zip(("dgate", "dup"), gradients, slopes):
 #
 # **Scatter**: a thread for each slot adds its number to the token's. Two slots may hit the same token at the same time,
 # so the addition must be atomic. **Gather**: a thread for each token fetches its k slots, in the order of its choices.
-# Nobody else writes there. Both move the same bytes. Let us take the first, for k = 2 and for k = 4, into zeros and
-# into the residual stream, in twelve random schedules:
+# Nobody else writes there. On paper they are the same sum. Let us take the first, for k = 2 and for k = 4, into zeros
+# and into the residual stream, in twelve random schedules:
 SCATTER = """#include "prelude.h"
 
 __global__ void scatter(const float *out, const float *weights, const int *pairs, float *y, int k, int D) {

@@ -270,8 +270,8 @@ assert joined.keys() == index["weight_map"].keys()
 # %%
 # Broken on purpose
 # -----------------
-# **1. The order of rows forgotten.** Names and shapes fit, and the first token is right: position 0 is not turned, and it
-# sees only itself. So a smoke test with one token passes. The rest is another model.
+# **1. The order of rows forgotten.** Names and shapes fit, and the first token is right: position 0 is not turned, and
+# it sees only itself. So a smoke test with one token passes. The rest is another model.
 careless = tinymoe.Mixtral(config, translated(on_disk, reorder=False))(expected["tokens"])
 by_position = np.linalg.norm(careless - logits, axis=2).mean(axis=0) / np.linalg.norm(logits, axis=2).mean(axis=0)
 print("off by position:", by_position[:6].round(3))
