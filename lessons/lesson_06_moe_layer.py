@@ -6,9 +6,10 @@ Lesson 6 · The MoE layer: three ways to the same numbers
 nobody who trains a mixture write the three lines that the formula suggests?
 
 The formula is short: :math:`y_n = \sum_j w_{nj} \, \mathrm{expert}_{e(n,j)}(x_n)`. We compute it as it stands, token
-by token; then expert by expert with a mask; then sorted, so that each expert finds its tokens side by side. All three
+by token; then expert by expert with a mask, in two variants; then sorted, so that each expert finds its tokens side by
+side. All
 give the same numbers, and what they cost is counted as they run: FLOPs, matrix products, bytes of weights. The third
-is what the library does, here and on a GPU. We derive its backward, and break its way back from experts to tokens.
+is what the library does, here and on a GPU. We derive its backward, and break the way from experts to tokens.
 
 **You need** the router of :doc:`lesson 5 </lessons/lesson_05_router>` and SwiGLU from
 :doc:`lesson 2 </lessons/lesson_02_norm_and_swiglu>`; both are imported here. On paper: :doc:`/math/dispatch`,
@@ -102,7 +103,7 @@ def masked_by_selection(x, weights, experts, w1, w2, w3):
 # The third way: sort once
 # ------------------------
 # Selection asks the same question E times: who chose e? One stable sort answers it for all. A **pair** (n, j), token n
-# and its j-th choice, has the number :math:`q = nk + j`; sorted by expert, the pairs fill **slots**. The counts per
+# and its j-th choice, has the number :math:`q = nk + j`; sorted by expert, the S pairs fill **slots**. The counts per
 # expert, summed up, are the **offsets** between which an expert's slots lie. With three tokens, four experts, top-2:
 small = np.array([[0, 1], [1, 0], [0, 2]])  # (3, 2)
 
@@ -122,8 +123,8 @@ plan = library_dispatch(small, 4)
 assert [plan.tokens.tolist(), plan.offsets, plan.slots.tolist()] == [a.tolist() for a in (tokens_of, offsets, slots)]
 
 # %%
-# Expert 0 owns slots 0 to 2, expert 1 slots 3 and 4, expert 2 slot 5, and expert 3 those from 6 to 6, which are none.
-# ``tokens`` leads from slots to tokens, ``slots`` back; each is useless without the other. For the line:
+# Expert 0 owns slots 0, 1 and 2, expert 1 slots 3 and 4, expert 2 slot 5, and expert 3 none: its offsets are 6 and 6.
+# ``tokens_of`` leads from slots to tokens, ``slots`` from tokens to slots; they are inverse. For the line:
 tokens_of, offsets, slots = dispatch(experts, E)
 S = len(tokens_of)
 
@@ -145,9 +146,9 @@ plt.show()
 
 # %%
 # Then the rows travel. **Gather** copies each token's row to its slots; the experts run over their stretches of one
-# array, which is a *grouped* GEMM: several matrix products of unequal height, each with its own weight. **Combine**
-# fetches for each token its k results, and adds them with their weights. What is done element by element, SwiGLU, is
-# done to all slots at once.
+# array, which is a *grouped* GEMM (GEMM is what libraries call a product of matrices): several matrix products of
+# unequal height, each with its own weight. **Combine** fetches for each token its k results, and adds them with their
+# weights. What is done element by element, SwiGLU, is done to all slots at once.
 def grouped(rows, w, offsets):
     out = np.empty((len(rows), w.shape[1]))
     for e in range(len(w)):
@@ -184,8 +185,8 @@ assert abs(library_moe(x, w_gate, w1, w2, w3, k)[0] - oracle).max() < 1e-13
 # ---------------
 # Per token an expert takes :math:`6FD` FLOPs, three products of 2FD each. What is needed is k experts per token, so
 # :math:`6NkFD`. The multiplied mask computes all E, which is :math:`E/k` times as much: the dense layer's work with a
-# mixture's result. The loop computes no more than needed, but reads an expert's weights again for each row, so it
-# reads S experts' weights where the others read E. Counted, at a size where it matters:
+# mixture's result. The loop computes no more than needed, but reads an expert's weights again for each pair, S times
+# in all, where the others read each expert once. Counted, at a size where it matters:
 N_large, D_large, F_large, E_large = 384, 64, 128, 8
 x_large = rng.standard_normal((N_large, D_large))
 large = (
@@ -225,7 +226,7 @@ assert min(seconds["loop over tokens"]) > min(seconds["sorted"])
 # since one expert's arrays stay in the cache. It falls behind with many experts, E scans over all choices, and on a
 # GPU, where the host must learn how many rows each mask has before it can launch the product: a wait for the device
 # at each expert. Sorted, the offsets are all that a kernel needs, and one launch serves all experts
-# (:doc:`lesson 15 </lessons/lesson_15_grouped_gemm>`). The sort also gives each row of y a single writer.
+# (:doc:`lesson 15 </lessons/lesson_15_grouped_gemm>`). And the combine gives each row of y a single writer.
 #
 # What it pays is two copies of the rows: gather writes S rows of D numbers, the products write S rows, combine reads
 # them. The kernels of :doc:`lesson 14 </lessons/lesson_14_dispatch_kernels>` fuse the first into the product's load.
@@ -234,11 +235,13 @@ assert min(seconds["loop over tokens"]) > min(seconds["sorted"])
 # ------------
 # The plan is integers and has no gradient. The rest, in reverse order:
 #
-# * **Combine**, :math:`y_n = \sum_j w_{nj} o_{s(n,j)}`. By the product rule :math:`do_s = w_{nj} \, dy_n` and
-#   :math:`dw_{nj} = o_s \cdot dy_n`, for each slot with its own token: a *gather* of dy.
+# * **Combine**, :math:`y_n = \sum_j w_{nj} o_{s(n,j)}`, with s(n, j) from ``slots``. By the product rule
+#   :math:`do_s = w_{nj} \, dy_n` and :math:`dw_{nj} = o_s \cdot dy_n`, for each slot with its own token: a *gather* of
+#   dy.
 # * **The experts**, group by group: for :math:`y = x W^\top` it is :math:`dx = dy \, W` and :math:`dW = dy^\top x`. An
 #   expert without rows has :math:`dW = 0`, exactly.
-# * **Gather**, :math:`r_s = x_{n(s)}`. A copy forward is a sum backward: :math:`dx_n = \sum_j dr_{s(n,j)}`, which is a
+# * **Gather**, :math:`r_s = x_{n(s)}`, with n(s) from ``tokens_of``. A copy forward is a sum backward:
+#   :math:`dx_n = \sum_j dr_{s(n,j)}`, which is a
 #   *combine* with weights of one. Each is the other's transpose.
 # * **The router** takes dw (lesson 5). x has two readers, the experts and the router, so its gradients add.
 def grouped_backward(dout, rows, w, offsets):
@@ -305,7 +308,7 @@ print("the library agrees")
 # %%
 # Broken on purpose
 # -----------------
-# The mistakes live on the way back. All have the right shapes, and none raises an error.
+# The mistakes live where experts and tokens meet. All have the right shapes, and none raises an error here.
 #
 # **1. The inverse permutation forgotten.** The experts' outputs lie in expert order; reshaped to (N, k, D) they *look*
 # like the outputs of each token's choices. Every token then gets what was computed for others. **2. The weights in
@@ -329,7 +332,8 @@ assert off(forgotten) > off(misweighted) > 0.1
 # And it cannot be seen where a test has only equal weights, or one expert, or k = 1 with a weight of one.
 #
 # **3. An expert without tokens.** Let expert 2 have none, and sum something over each expert's slots, such as the
-# gradient of a bias. ``np.add.reduceat`` is made for such sums, and has a rule for empty stretches that is not ours.
+# gradient of a bias, had it one. ``np.add.reduceat`` is made for such sums, and has a rule for empty stretches that is
+# not ours (and raises an error only if the *last* expert is idle).
 idle = experts.copy()
 idle[idle == 2] = 3
 _, gaps, _ = dispatch(idle, E)
@@ -345,11 +349,11 @@ assert (np.diff(gaps)[2], np.add.reduceat(ones, gaps[:-1])[2]) == (0, 1)
 #
 # Remember
 # --------
-# * Three ways, one result. The loop reads weights S times; the multiplied mask computes E/k times too much; the sort
-#   computes what is needed and reads each used expert once.
+# * Three ways, one result. The loop reads an expert's weights for each of S pairs; the multiplied mask computes E/k
+#   times too much; the sort computes what is needed and reads each used expert once.
 # * A plan is three integer arrays: the token of each slot, the offsets of each expert, the slots of each token.
 # * Gather and combine are each other's transposes: a copy forward is a sum backward.
-# * An expert may have no token, one, or all. Its gradient is then exactly zero, or as good as any.
+# * An expert may have no token, one, or all. Without a token its gradient is exactly zero.
 #
 # **Ask yourself.** (a) What is S, and when is it not N·k? (b) Why must the sort be stable? (c) The offsets are (0, 3,
 # 3, 8): how many tokens has expert 1? (d) Which array leads from a slot to its token, and which back? (e) Why is the
