@@ -7,9 +7,8 @@ nobody who trains a mixture write the three lines that the formula suggests?
 
 The formula is short: :math:`y_n = \sum_j w_{nj} \, \mathrm{expert}_{e(n,j)}(x_n)`. We compute it as it stands, token
 by token; then expert by expert with a mask, in two variants; then sorted, so that each expert finds its tokens side by
-side. All
-give the same numbers, and what they cost is counted as they run: FLOPs, matrix products, bytes of weights. The third
-is what the library does, here and on a GPU. We derive its backward, and break the way from experts to tokens.
+side. All give the same numbers, and what they cost is counted: FLOPs, matrix products, bytes of weights. The third is
+what the library does, here and on a GPU. We derive its backward, and break the way from experts to tokens.
 
 **You need** the router of :doc:`lesson 5 </lessons/lesson_05_router>` and SwiGLU from
 :doc:`lesson 2 </lessons/lesson_02_norm_and_swiglu>`; both are imported here. On paper: :doc:`/math/dispatch`,
@@ -104,7 +103,8 @@ def masked_by_selection(x, weights, experts, w1, w2, w3):
 # ------------------------
 # Selection asks the same question E times: who chose e? One stable sort answers it for all. A **pair** (n, j), token n
 # and its j-th choice, has the number :math:`q = nk + j`; sorted by expert, the S pairs fill **slots**. The counts per
-# expert, summed up, are the **offsets** between which an expert's slots lie. With three tokens, four experts, top-2:
+# expert, summed up, are the **offsets** between which an expert's slots lie. The sort is *stable*: an expert's tokens
+# keep the order of the text, so that the same input gives the same bits. With three tokens, four experts, top-2:
 small = np.array([[0, 1], [1, 0], [0, 2]])  # (3, 2)
 
 
