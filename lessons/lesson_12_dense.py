@@ -83,13 +83,13 @@ assert abs(dx[3, 5] - (losses[0] - losses[1]) / (2 * h)) < 1e-5 * max(1, abs(dx[
 #
 # Counting
 # --------
-# The sizes are those of the experiment, ``MixtralConfig.small()``: D = 128, 4 layers, 8 experts of F = 256, top-2. Per
-# layer the feed-forward part has 3·D·F parameters an expert, and the gate D·E. A token multiplies with each weight that
-# it uses once forward, 2 FLOP, and twice as much backward; attention's scores come on top, the same for all three.
+# The sizes are those of the experiment: D = 64, 3 layers, 8 experts of F = 128, top-2. Per layer the feed-forward part
+# has 3·D·F parameters an expert, and the gate D·E. A token multiplies with each weight that it uses once forward,
+# 2 FLOP, and twice as much backward; attention's scores come on top, the same for all three.
 from tinymoe.experiments import dense as experiment
 from tinymoe.scale import footprint
 
-small = tinymoe.MixtralConfig.small()
+small = tinymoe.MixtralConfig.tiny(n_layers=3)
 configs = {name: dataclasses.replace(small, **changes) for name, changes in experiment.shapes(small).items()}
 context = 128
 
