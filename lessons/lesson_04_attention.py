@@ -197,7 +197,7 @@ assert growth["attention"] < 2.1
 # \sqrt K`. The inner sum seems to need a whole row once more before anything else can start. It does not:
 #
 # .. math:: \sum_r P_{tr} \, dP_{tr} = \sum_r P_{tr} \, (do_t \cdot v_r) = do_t \cdot \sum_r P_{tr} v_r = do_t \cdot
-# o_t .
+#           o_t .
 #
 # One number per query, from two rows that we have. And :math:`P_{ts} = e^{s_{ts} - \ln \sum \exp}` can be made again,
 # tile by tile, from the one number per query that the forward left. So the backward needs no matrix either, at the

@@ -96,7 +96,7 @@ print(f"keys and values of one full context, bfloat16: {cache / 1e9:.2f} GB")
 # A block reads the **residual stream** x, a row of D numbers per token, and adds to it, twice:
 #
 # .. math:: x \leftarrow x + \mathrm{attention}(\mathrm{norm}(x)), \qquad x \leftarrow x +
-# \mathrm{MoE}(\mathrm{norm}(x)).
+#           \mathrm{MoE}(\mathrm{norm}(x)).
 #
 # Nothing is ever overwritten, so the last layer can still read what the first wrote. All rows of all sequences lie in
 # one (B·T, D) array; only attention must know which belong together. The components come through ``ops``, so that a
