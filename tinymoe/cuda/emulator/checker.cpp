@@ -303,8 +303,9 @@ static void touch_memory(const char *p, size_t bytes, Access access) {
 }
 
 void touch(const void *address, size_t bytes, Access access) {
-    if (!checking || current < 0) return;
+    if (current < 0) return;
     if (late) timeout(UNKNOWN);
+    if (!checking) return;
     const char *p = (const char *)address;
     if (p >= stack_of(current) && p < stack_of(current) + STACK_BYTES) return;  // the thread's own
     if (options.preempt && random_bits() % options.preempt == 0) {

@@ -42,7 +42,7 @@ char *dynamic_shared();
 // ---- checking (checker.cpp)
 
 enum class Access : uint8_t { read, write, atomic };
-void touch(const void *address, size_t bytes, Access access);  // nothing in the fast build
+void touch(const void *address, size_t bytes, Access access);  // in the fast build only the watchdog looks
 void touch(const void *address, size_t bytes, Access access, Where where);
 
 // Stop the launch with an error. `kind` is one word or two, the rest as printf.

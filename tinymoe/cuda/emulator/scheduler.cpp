@@ -223,10 +223,13 @@ static const void *instruction(void *context) {
 #endif
 }
 
+// The first bark only tells: a wait or a checked access is near, and knows its line. What comes to none is stopped by
+// the next, wherever it is, unless that is outside of the kernel, perhaps amid an allocation.
 static void bark(int, siginfo_t *, void *context) {
-    const char *at = (const char *)instruction(context);
+    const bool told = late;
     late = 1;
-    if (at < library_begin || at >= library_end) return;  // perhaps amid an allocation: the next bark, or wait, is near
+    const char *at = (const char *)instruction(context);
+    if (!told || at < library_begin || at >= library_end) return;
     culprit = {at + 1, {}};
     timeout({nullptr, 0});
 }
