@@ -276,10 +276,11 @@ print(f"layer 0, expert {most}: first choice of", {domain: f"{p[most]:.0%}" for 
 assert record["chance"]["first"] == 1 / 8
 
 # %%
-# The same picture: code repeats far above chance, English hardly does once the load is counted in, and loads differ
-# between code and English. The larger model has an expert that is the first choice of a quarter or more of code and of
-# a few per cent of the rest. Whether that is the topic or the spaces, you know how to ask; for any run and any text,
-# ``tinymoe analyze RUN FILE ...`` writes these figures and a page in which each token shows its experts.
+# The same picture: code repeats far above chance, English, once the load is counted in, clearly only in the last layer,
+# and loads differ between code and English. The larger model has an expert that is the first choice of a quarter or
+# more of code and of less than a tenth of the rest. Whether that is the topic or the spaces, you know how to ask; for
+# any run and any text, ``tinymoe analyze RUN FILE ...`` writes these figures and a page in which each token shows its
+# experts.
 #
 # Broken on purpose
 # -----------------
