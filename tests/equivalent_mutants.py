@@ -11,13 +11,11 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "for(ints=split*split_keys;s<=end_key;s+=TILE){": "one more tile, hidden",
     },
     "2_tiled.cu": {
-        "for(inti=0;i<=inner;i+=TILE){": "one more tile, of zeros",
         "for(intslot=offsets[e]+ty;slot-ty<=end;slot+=TILE){": "one more tile, of zeros",
     },
     "3_register.cu": {
         "constboolwhole=aligned&&count>VECTOR;": "four elements one by one are the same four",
         "constboolwhole=aligned&&count+1>=VECTOR;": "where a row is aligned, counts are multiples of VECTOR",
-        "for(inti=0;i<=inner;i+=DEPTH){": "one more tile, of zeros",
         "for(inti=offsets[e];i<=end;i+=DEPTH){": "one more tile, of zeros",
         "for(intr=0;r<=EACH;r++)": "the rows from TILE on are beyond the tile's end, and not stored",
     },
