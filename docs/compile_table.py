@@ -20,7 +20,10 @@ def main() -> None:
     kernels = []
     for declared in device.ALL:
         source = declared.source.relative_to(device.KERNELS).as_posix()
-        of = {architecture: nvrtc.compile_cubin(declared, architecture) for architecture in nvrtc.ARCHITECTURES}
+        of = {
+            architecture: nvrtc.compile_cubin(declared, architecture)
+            for architecture in nvrtc.architectures_of(declared)
+        }
         for expression in declared.expressions:
             taken = {architecture: compiled.resources[expression]._asdict() for architecture, compiled in of.items()}
             kernels.append({"file": source, "kernel": expression, "taken": taken})

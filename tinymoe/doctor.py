@@ -132,9 +132,13 @@ def look_at_compiler() -> str | None:
 
 def look_at_kernels() -> str:
     """Return where kernels run now, and which rung of the grouped GEMM multiplies what."""
-    from tinymoe.cuda import device
+    import numpy as np
 
-    return f"on {device.current()}; bfloat16 of sizes that 8 divides: 4_tensor_core, all else: 3_register"
+    from tinymoe.cuda import device
+    from tinymoe.cuda.grouped_gemm import rung
+
+    best, other = rung(np.empty(0, device.BFLOAT16), 8), rung(np.empty(0, np.float32), 8)
+    return f"on {device.current()}; bfloat16 of sizes that 8 divides: {best}, all else: {other}"
 
 
 def look_for_package(name: str) -> Callable[[], str | None]:
@@ -225,7 +229,7 @@ def kernels() -> None:
 
     print(f"{'kernel':<62} {'for':<7} {'registers':>9} {'shared':>7} {'stack':>6} {'spilled':>8}   bytes")
     for declared in device.ALL:
-        for architecture in nvrtc.ARCHITECTURES:
+        for architecture in nvrtc.architectures_of(declared):
             compiled = nvrtc.compile_cubin(declared, architecture)
             for expression, taken in compiled.resources.items():
                 name = f"{declared.source.stem}: {expression}"

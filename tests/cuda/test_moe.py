@@ -48,3 +48,26 @@ def test_nan_sets_the_flag_and_harms_nobody_else(where):
         assert device.host(saved.routing.not_finite)[0] != 0
         others = [0, 1, 2, 4]
         assert_same_bits([device.host(bad)[others]], [device.host(good)[others]])
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+@given(orders, rngs)
+@settings(max_examples=3)
+def test_on_hopper_rows_are_gathered_once_and_the_layer_is_the_same(where, order, rng):
+    N, D, F, E, k = 150, 72, 136, 3, 2
+    arrays = [rng.standard_normal(s) / 4 for s in ((N, D), (E, D), (E, F, D), (E, D, F), (E, F, D))]
+    with running(where, order), pytest.MonkeyPatch.context() as patch:
+        if device.architecture() not in (None, "sm_90a"):
+            pytest.skip("not a Hopper card")
+        patch.setattr(device, "architecture", lambda: "sm_90a")
+        there, doubles = on_device(*arrays, dtype=device.BFLOAT16)
+        (dy,), (dy64,) = on_device(rng.standard_normal((N, D)), dtype=device.BFLOAT16)
+        y, saved = moe(*there, k)
+        assert saved.experts.rows is None
+        grads = moe_backward(dy, None, saved)
+        expected, expected_saved = reference.moe(*doubles, k)
+        np.testing.assert_array_equal(device.host(saved.routing.experts), expected_saved.routing.experts)
+        assert_equivalent(y, expected, floor=2 * np.linalg.norm(doubles[0]), components=3)
+        for found, wanted in zip(grads, reference.moe_backward(dy64, None, expected_saved), strict=True):
+            assert_equivalent(found, wanted, floor=2 * np.linalg.norm(dy64), components=3)
+        assert_same_bits(moe_backward(dy, None, saved), grads)

@@ -303,9 +303,10 @@ def _adamw(s: Size, draw: Draw) -> Passes:
 
 def _slow_or_narrow(rung: str) -> Callable[[Size, str], str]:
     def cannot(s: Size, dtype: str) -> str:
-        T = "float" if dtype == "float32" else dtype
-        if not any(f"<{T}" in expression for expression in RUNGS[rung].kernels.expressions):
+        if RUNGS[rung].only_bfloat16 and dtype != "bfloat16":
             return f"it does not take {dtype}"
+        if RUNGS[rung].kernels.only_for not in (None, device.architecture()) and device.current() == "gpu":
+            return f"it is for {RUNGS[rung].kernels.only_for}"
         if rung in ("1_naive", "2_tiled") and s.N > 4096:
             return "more than 4096 tokens take it too long"
         return ""

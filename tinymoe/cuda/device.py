@@ -24,6 +24,7 @@ KERNELS = Path(__file__).parent / "kernels"
 DEVICES = ("gpu", "emulated", "checked")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ALIGNMENT = 256  # bytes, of every array made here, as CuPy's allocator gives
+EMULATED_MULTIPROCESSORS = 3
 VECTOR = 16  # bytes of the widest load: what a kernel may rely on
 UNSET_FLOAT = 0xFF  # each byte of a float that nobody has set: NaN
 UNSET_INTEGER = 0x55  # and of an integer: positive, since kernels take any negative index for none
@@ -82,6 +83,24 @@ def gpu_is_there() -> bool:
     except ImportError:
         return False
     return bool(cupy.is_available())
+
+
+def architecture() -> str | None:
+    """Return what kernels are compiled for: ``sm_80`` or the like on a GPU, None under the emulator."""
+    if current() != "gpu":
+        return None
+    from tinymoe.cuda import gpu
+
+    return gpu.architecture_of_card()
+
+
+def multiprocessors() -> int:
+    """Return how many multiprocessors there are: under the emulator so few that a block takes several tiles."""
+    if current() != "gpu":
+        return EMULATED_MULTIPROCESSORS
+    from tinymoe.cuda import gpu
+
+    return gpu.multiprocessors()
 
 
 # ---- arrays
@@ -198,10 +217,13 @@ class Kernels:
         In ``kernels/``.
     expressions
         Kernels with their template arguments, as ``scale<float>``. ``{T}`` stands for float and bfloat16.
+    only_for
+        The one architecture whose instructions they use; None: every one.
     """
 
-    def __init__(self, file: str, *expressions: str):
+    def __init__(self, file: str, *expressions: str, only_for: str | None = None):
         self.source = KERNELS / file
+        self.only_for = only_for
         self.expressions = [
             expression.replace("{T}", T)
             for expression in expressions

@@ -98,10 +98,15 @@ def dropped_share(plan: Plan) -> Any:
 
 def gather(x: Any, plan: Plan) -> tuple[Any, GatherSaved]:
     """Copy token rows into expert order: rows[s] = x[tokens[s]], zeros in empty slots, (N, D) → (S, D)."""
-    S, D, T, width = len(plan.tokens), x.shape[1], device.ctype(x), _width(x.shape[1])
-    rows = device.empty((S, D), x.dtype)
-    KERNELS.launch(f"gather_rows<{T}, {width}>", _grid(S, D), (32, ROWS), x, plan.tokens, rows, S, D)
-    return rows, GatherSaved(plan)
+    return gather_rows(x, plan.tokens), GatherSaved(plan)
+
+
+def gather_rows(x: Any, rows: Any) -> Any:
+    """Return x[rows], zeros where a row is −1: (N, D), (S,) int32 → (S, D)."""
+    S, D, T, width = len(rows), x.shape[1], device.ctype(x), _width(x.shape[1])
+    gathered = device.empty((S, D), x.dtype)
+    KERNELS.launch(f"gather_rows<{T}, {width}>", _grid(S, D), (32, ROWS), x, rows, gathered, S, D)
+    return gathered
 
 
 def gather_backward(drows: Any, saved: GatherSaved) -> Any:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinymoe.cuda import device
+from tinymoe.cuda.dispatch import gather_rows
 from tinymoe.cuda.grouped_gemm import grouped_dw, grouped_dx, grouped_linear, grouped_swiglu, rung
 
 THREADS, MOST_BLOCKS = 256, 4096  # of the element-wise kernels
@@ -27,8 +28,8 @@ class FFNSaved(NamedTuple):
 class ExpertsSaved(NamedTuple):
     """What the backward of `expert_ffn` needs."""
 
-    x: Any  # (N, D)
-    rows: Any  # (S,) the row of x in each slot, or None: (S, D) is x itself
+    x: Any  # (N, D), or (S, D) without rows
+    rows: Any  # (S,) the row of x in each slot, or None: x lies in expert order already
     w1: Any  # (E, F, D)
     w2: Any  # (E, D, F)
     w3: Any  # (E, F, D)
@@ -76,8 +77,14 @@ def expert_ffn(x: Any, w1: Any, w2: Any, w3: Any, offsets: Any) -> tuple[Any, Ex
 
 
 def gathered_ffn(x: Any, rows: Any, w1: Any, w2: Any, w3: Any, offsets: Any) -> tuple[Any, ExpertsSaved]:
-    """Compute `expert_ffn` of x[rows] without a copy of it: the GEMMs gather as they load."""
-    if rung(x, *w1.shape[1:]) == "4_tensor_core":
+    """Compute `expert_ffn` of x[rows] without a copy of it: the GEMMs gather as they load.
+
+    Rung 5, whose copy engine cannot, takes a copy, here made once for all of its products.
+    """
+    best = rung(x, *w1.shape[1:])
+    if best == "5_hopper" and rows is not None:
+        x, rows = gather_rows(x, rows), None
+    if best in ("4_tensor_core", "5_hopper"):
         gate, up, hidden = grouped_swiglu(x, w1, w3, offsets, rows)  # (S, F)
         swiglu_saved = SwigluSaved(gate, up)
     else:

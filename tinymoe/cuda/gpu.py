@@ -45,6 +45,18 @@ def architecture(capability: str) -> str:
     return f"sm_{capability}a" if capability == "90" else f"sm_{capability}"
 
 
+@functools.cache
+def architecture_of_card() -> str:
+    """Return what to compile for on the card in use."""
+    return architecture(cupy.cuda.Device().compute_capability)
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """Return how many multiprocessors the card in use has."""
+    return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+
+
 def seconds(run: Callable[[], Any], ahead: Callable[[], Any]) -> tuple[float, bool]:
     """Return the seconds of what ``run`` launches, and whether the host was late; see `tinymoe.cuda.device.seconds`."""
     start, stop = cupy.cuda.Event(), cupy.cuda.Event()

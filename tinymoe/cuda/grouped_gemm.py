@@ -7,6 +7,8 @@ side by side. `rung` says which one runs.
 from typing import Any, NamedTuple
 
 from tinymoe.cuda import device
+from tinymoe.cuda.dispatch import gather_rows
+from tinymoe.cuda.tile_map import tile_map
 
 
 class Rung(NamedTuple):
@@ -16,6 +18,7 @@ class Rung(NamedTuple):
     tile: tuple[int, int]  # rows and columns of y that a block computes
     block: tuple[int, ...]
     shared: int = 0  # bytes of dynamic shared memory
+    only_bfloat16: bool = False  # and sizes that are multiples of 8
 
 
 def _kernels(file: str, *more: str, T: str = "{T}") -> device.Kernels:
@@ -23,24 +26,34 @@ def _kernels(file: str, *more: str, T: str = "{T}") -> device.Kernels:
     return device.Kernels(f"grouped_gemm/{file}", *forms, *more)
 
 
+DEEP, STAGES = 64, 4  # of 5_hopper.cu
+HOPPER_KERNELS = ("grouped_gemm<true>", "grouped_gemm<false>", "grouped_gemm_dw", "grouped_swiglu")
+
+
 RUNGS = {
     "1_naive": Rung(_kernels("1_naive.cu"), (8, 32), (32, 8)),
     "2_tiled": Rung(_kernels("2_tiled.cu"), (32, 32), (32, 32)),
     "3_register": Rung(_kernels("3_register.cu"), (128, 128), (256,)),
     "4_tensor_core": Rung(
-        _kernels("4_tensor_core.cu", "grouped_swiglu<bfloat16>", T="bfloat16"), (128, 128), (256,), 4 * 2 * 128 * 32 * 2
+        _kernels("4_tensor_core.cu", "grouped_swiglu<bfloat16>", T="bfloat16"),
+        *((128, 128), (256,), 4 * 2 * 128 * 32 * 2, True),
+    ),
+    "5_hopper": Rung(
+        device.Kernels("grouped_gemm/5_hopper.cu", *HOPPER_KERNELS, only_for="sm_90a"),
+        *((128, 256), (384,), STAGES * ((128 + 256) * DEEP * 2 + 16), True),
     ),
 }
 
 
 def rung(x: Any, *sizes: int) -> str:
-    """Return the highest rung that multiplies arrays of x's dtype and of these inner and outer sizes.
+    """Return the highest rung that multiplies arrays of x's dtype and of these inner and outer sizes, on this device.
 
-    Tensor cores take bfloat16, and their asynchronous copies 8 elements at a time.
+    Tensor cores take bfloat16, and copies go 8 elements at a time. The emulator, which is asked for speed of another
+    kind, runs rung 5 only where it is named.
     """
-    if device.ctype(x) == "bfloat16" and all(size % 8 == 0 for size in sizes):
-        return "4_tensor_core"
-    return "3_register"
+    if device.ctype(x) != "bfloat16" or any(size % 8 for size in sizes):
+        return "3_register"
+    return "5_hopper" if device.architecture() == "sm_90a" else "4_tensor_core"
 
 
 def grouped_linear(x: Any, w: Any, offsets: Any, rows: Any = None, using: str | None = None) -> Any:
@@ -67,7 +80,9 @@ def grouped_linear(x: Any, w: Any, offsets: Any, rows: Any = None, using: str | 
     return _product(x, w, offsets, rows, using, True)
 
 
-def grouped_swiglu(x: Any, w1: Any, w3: Any, offsets: Any, rows: Any = None) -> tuple[Any, Any, Any]:
+def grouped_swiglu(
+    x: Any, w1: Any, w3: Any, offsets: Any, rows: Any = None, using: str | None = None
+) -> tuple[Any, Any, Any]:
     """Compute gate = x[rows] w1[e]ᵀ, up = x[rows] w3[e]ᵀ and silu(gate) ⊙ up in one pass, on tensor cores.
 
     Returns
@@ -75,11 +90,16 @@ def grouped_swiglu(x: Any, w1: Any, w3: Any, offsets: Any, rows: Any = None) -> 
     gate, up, hidden
         (S, out) each.
     """
-    kernels, (height, width), block, shared = RUNGS["4_tensor_core"]
     experts, outer, inner = w1.shape
-    slots = len(x if rows is None else rows)
+    slots, name = len(x if rows is None else rows), using or rung(x, inner, outer)
     gate, up, hidden = (device.empty((slots, outer), x.dtype) for _ in range(3))
-    grid = (slots // height + experts + 1, -(-outer // (width // 2)))
+    if name == "5_hopper":
+        maps = _slots_map(x, rows), _rows_map(w1, 128), _rows_map(w3, 128)
+        tiles = _most_tiles(slots, experts, 128) * -(-outer // 128)
+        _launch_hopper("grouped_swiglu", tiles, *maps, offsets, gate, up, hidden, experts, slots, inner, outer)
+        return gate, up, hidden
+    kernels, (height, width), block, shared, _ = RUNGS[name]
+    grid = (_most_tiles(slots, experts, height), -(-outer // (width // 2)))
     arguments = (x, rows, w1, w3, offsets, gate, up, hidden, experts, slots, inner, outer)
     kernels.launch("grouped_swiglu<bfloat16>", grid, block, *arguments, shared=shared)
     return gate, up, hidden
@@ -93,21 +113,54 @@ def grouped_dx(dy: Any, w: Any, offsets: Any, using: str | None = None) -> Any:
 def grouped_dw(dy: Any, x: Any, offsets: Any, rows: Any = None, using: str | None = None) -> Any:
     """Compute dw[e] = Σ_s dy[s]ᵀ x[rows[s]] over the slots s of e: (E, out, in), zero for an expert without slots."""
     experts, outer, inner = len(offsets) - 1, dy.shape[1], x.shape[1]
-    kernels, (height, width), block, shared = RUNGS[using or rung(x, outer, inner)]
+    name = using or rung(x, outer, inner)
+    kernels, (height, width), block, shared, _ = RUNGS[name]
     dw = device.empty((experts, outer, inner), dy.dtype)
-    grid = (-(-inner // width), -(-outer // height), experts)
+    across, down = -(-inner // width), -(-outer // height)
+    if name == "5_hopper":
+        rows_of_x = x if rows is None else gather_rows(x, rows)
+        maps = tile_map(dy, DEEP), tile_map(rows_of_x, DEEP)
+        _launch_hopper("grouped_gemm_dw", experts * down * across, *maps, offsets, dw, experts, outer, inner)
+        return dw
     expression = f"grouped_gemm_dw<{device.ctype(x)}>"
+    grid = (across, down, experts)
     kernels.launch(expression, grid, block, dy, x, rows, offsets, dw, outer, inner, shared=shared)
     return dw
 
 
 def _product(x: Any, w: Any, offsets: Any, rows: Any, using: str | None, transposed: bool) -> Any:
     experts, slots, inner = len(w), len(x if rows is None else rows), x.shape[1]
-    outer = w.shape[1 if transposed else 2]
-    kernels, (height, width), block, shared = RUNGS[using or rung(x, inner, outer)]
+    outer, form = w.shape[1 if transposed else 2], "true" if transposed else "false"
+    name = using or rung(x, inner, outer)
+    kernels, (height, width), block, shared, _ = RUNGS[name]
     y = device.empty((slots, outer), x.dtype)
-    tiles = slots // height + experts + 1  # enough for any routing; see ragged.h
-    expression = f"grouped_gemm<{device.ctype(x)}, {'true' if transposed else 'false'}>"
-    grid = (tiles, -(-outer // width))
-    kernels.launch(expression, grid, block, x, rows, w, offsets, y, experts, slots, inner, outer, shared=shared)
+    grid = (_most_tiles(slots, experts, height), -(-outer // width))
+    sizes = (experts, slots, inner, outer)
+    if name == "5_hopper":
+        maps = _slots_map(x, rows), _rows_map(w, width if transposed else DEEP)
+        _launch_hopper(f"grouped_gemm<{form}>", grid[0] * grid[1], *maps, offsets, y, *sizes)
+        return y
+    expression = f"grouped_gemm<{device.ctype(x)}, {form}>"
+    kernels.launch(expression, grid, block, x, rows, w, offsets, y, *sizes, shared=shared)
     return y
+
+
+def _most_tiles(slots: int, experts: int, height: int) -> int:
+    """Return how many row tiles are enough for any routing; see ragged.h."""
+    return slots // height + experts + 1
+
+
+def _launch_hopper(expression: str, most_tiles: int, *arguments: Any) -> None:
+    """Launch a kernel of rung 5: a block on every multiprocessor, which takes tile after tile."""
+    kernels, _, block, shared, _ = RUNGS["5_hopper"]
+    kernels.launch(expression, min(device.multiprocessors(), most_tiles), block, *arguments, shared=shared)
+
+
+def _slots_map(x: Any, rows: Any) -> Any:
+    """Return the copy engine's map of x in expert order, 128 rows to a tile."""
+    return tile_map(x if rows is None else gather_rows(x, rows), 128)
+
+
+def _rows_map(w: Any, height: int) -> Any:
+    """Return the map of all experts' weights below one another."""
+    return tile_map(w.reshape(-1, w.shape[2]), height)

@@ -14,6 +14,11 @@ INCLUDE = Path(__file__).parent / "include"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_90a")  # A100; H100 and H200, without and with Hopper's own instructions
 
 
+def architectures_of(kernels: Kernels) -> tuple[str, ...]:
+    """Return those of `ARCHITECTURES` that a file's kernels are for."""
+    return (kernels.only_for,) if kernels.only_for else ARCHITECTURES
+
+
 class Resources(NamedTuple):
     """What one thread or block of a kernel takes, as ptxas tells."""
 

@@ -14,6 +14,12 @@ inline void mbarrier_wait(uint64_t *barrier, unsigned parity, EMULATOR_WHERE) {
     emulator::wait_for_phase(barrier, parity, EMULATOR_HERE);
 }
 
+inline void sync_some(int number, int threads, EMULATOR_WHERE) { emulator::barrier(number, threads, EMULATOR_HERE); }
+template <int LEFT>
+void give_registers_up() {}  // the CPU's threads have as many as they like
+template <int THEN>
+void take_registers() {}
+
 inline void load_tile(void *to, const TileMap &map, uint64_t *barrier, int row, int column, EMULATOR_WHERE) {
     emulator::load_tile(to, map, barrier, row, column, EMULATOR_HERE);
 }
@@ -25,6 +31,8 @@ template <int LEFT>
 void wgmma_wait(EMULATOR_WHERE) {
     emulator::wait_for_products(LEFT, EMULATOR_HERE);
 }
+template <int N>
+void pin(float (&)[N]) {}
 template <bool A_IS_COLUMNS, bool B_IS_COLUMNS, int N>
 EMULATOR_UNCHECKED void wgmma(float (&d)[N], uint64_t a, uint64_t b, bool add, EMULATOR_WHERE) {
     emulator::multiply({{a, A_IS_COLUMNS}, {b, B_IS_COLUMNS}, 2 * N, add}, d, EMULATOR_HERE);

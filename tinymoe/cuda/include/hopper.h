@@ -38,6 +38,22 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, unsigned parity
         "@!ended bra again;\n}" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
 
+// A barrier of so many threads, whole warps, among them those that come here; 0 is that of __syncthreads.
+__device__ __forceinline__ void sync_some(int number, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// ---- registers: a warpgroup that needs few gives of its own, so that others may have more; multiples of 8
+
+template <int LEFT>
+__device__ __forceinline__ void give_registers_up() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LEFT));
+}
+template <int THEN>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(THEN));
+}
+
 // ---- tiles
 
 // Begin to copy the box whose first element is (row, column), zeros outside the matrix; `to` is a multiple of 1024, row r
@@ -57,6 +73,13 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int LEFT>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// Keep what the compiler computes with d on its side of this line. It knows nothing of products that are under way.
+template <int N>
+__device__ __forceinline__ void pin(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // Operands %0 to %n of an instruction, ten by ten, and the accumulators that they are.

@@ -18,3 +18,10 @@ __device__ __forceinline__ RowTile row_tile(const int *offsets, int experts, int
     }
     return {experts, rows, rows};
 }
+
+// How many of them there are.
+__device__ __forceinline__ int row_tiles(const int *offsets, int experts, int rows, int height) {
+    int tiles = 0;
+    for (int e = 0; e <= experts; e++) tiles += ((e < experts ? offsets[e + 1] : rows) - offsets[e] + height - 1) / height;
+    return tiles;
+}
