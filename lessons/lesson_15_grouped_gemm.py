@@ -6,8 +6,8 @@ Lesson 15 · The grouped GEMM: a ladder from naive to tensor cores
 were sent there, groups of any size, possibly none. A GPU can multiply far faster than it can load. How must a product
 be cut up so that its time is not spent on loading, and what does each cut save?
 
-tinymoe has four complete kernels for it, called rungs, in ``tinymoe/cuda/kernels/grouped_gemm/``: naive, tiles in
-shared memory, tiles in registers, tensor cores. We derive what each has to move, look at the lines that do it, *count*
+tinymoe has five complete kernels for it, called rungs, in ``tinymoe/cuda/kernels/grouped_gemm/``: naive, tiles in
+shared memory, tiles in registers, tensor cores, and Hopper's way to feed them. We derive what each has to move, look at the lines that do it, *count*
 what they really move, and run them all on ragged groups against NumPy.
 
 **No rung has been timed on a GPU yet.** Nothing below is a speed. What is derived and counted are operations, operands
@@ -73,6 +73,7 @@ LEVELS = {  # rung: (rows, columns) of a block's tile, and of whoever multiplies
     "2_tiled": ((32, 32), (1, 1)),
     "3_register": ((128, 128), (8, 8)),
     "4_tensor_core": ((128, 128), (64, 32)),
+    "5_hopper": ((128, 256), (64, 256)),
 }
 for name, (block, owner) in LEVELS.items():
     shared = f"{operands(*owner):.4f}" if owner else "none"
@@ -237,7 +238,7 @@ print("lines when neighbours read neighbours:", lines_of(4 * lane))
 # ------------------------------
 # The 32 × 32 outputs of a block need 32 rows and 32 columns, and each of 1024 threads loads one element of both. Every
 # element is then used 32 times, from shared memory.
-show("2_tiled", "for (int i = 0; i < inner; i += TILE)", "nobody reads")
+show("2_tiled", "for (int i = 0; i < used; i += TILE)", "nobody reads")
 traffic["2_tiled"], loads = count("2_tiled", 32)
 tiles, columns = len(row_tiles(offsets, 32)), -(-outer // 32)
 by_hand = [4 * (S * inner * columns + outer * inner * tiles), 4 * 2 * 32**3 * loads, 4 * 2 * 32**2 * loads]
@@ -282,26 +283,45 @@ print(f"operands from shared memory: {per_product:.4f}, the formula says {operan
 assert per_product == operands(64, 32)
 
 # %%
+# Rung 5: Hopper
+# --------------
+# An H100 has tensor cores that rung 4 cannot feed: ``mma.sync`` wants its operands in registers, and the instructions
+# that bring them there take their share of every cycle. Hopper's ``wgmma`` lets four warps multiply 64 × 256 × 16 with
+# both operands in shared memory, where a copy engine (TMA) puts whole boxes of a matrix at the word of one thread.
+# So nothing is left to do for all the others, and the block becomes a small factory: one *producer* asks for boxes, two
+# warpgroups of *consumers* multiply. They meet at barriers in memory, two for each of four stages. The producer:
+show("5_hopper", "for (int deep = 0; deep < tile.inner", "}")
+
+# %%
+# It waits until the stage is empty, says how many bytes it expects, and names the boxes. The consumers wait until those
+# bytes have come, and hand back the stage *before*, whose products are known to be done:
+show("5_hopper", "mbarrier_wait(shared.full", "before = turn.stage")
+
+# %%
+# Nothing stands still between two tiles either: a block stays for as many as there are, and while the consumers store
+# one, the producer loads the next. What it takes for granted is that rows lie in expert order, since a box has no
+# address for each row: x is gathered once, for all products of the layer.
+#
 # Side by side. On our small groups the waste of tall tiles shows; for full tiles the formula alone is left, and that is
 # what the bars are.
 names, width = list(LEVELS), 0.38
 figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-sizes = {name: 2 if name == "4_tensor_core" else 4 for name in names}  # bytes of an operand
+sizes = {name: 2 if RUNGS[name].only_bfloat16 else 4 for name in names}  # bytes of an operand
 of_global = [sizes[name] * operands(*LEVELS[name][0]) for name in names]
 of_shared = [sizes[name] * operands(*LEVELS[name][1]) if LEVELS[name][1] else 0 for name in names]
 for shift, values, label in ((-width / 2, of_global, "global memory"), (width / 2, of_shared, "shared memory")):
-    bars = axes.bar(np.arange(4) + shift, values, width, label=label)
+    bars = axes.bar(np.arange(5) + shift, values, width, label=label)
     axes.bar_label(bars, [f"{v:.3g}" if v else "" for v in values], fontsize=8)
-axes.set(yscale="log", ylim=(0.02, 30), ylabel="bytes per multiply-add", xticks=range(4), xticklabels=names)
+axes.set(yscale="log", ylim=(0.02, 30), ylabel="bytes per multiply-add", xticks=range(5), xticklabels=names)
 axes.legend()
-axes.set_title("Every rung moves the bottleneck: bytes per multiply-add fall from 8 to 0.03 and 0.09")
+axes.set_title("Every rung moves the bottleneck: bytes per multiply-add fall from 8 to 0.02 and 0.04")
 plt.show()
 print("FLOPs per byte of global memory:", {name: 2 / value for name, value in zip(names, of_global)})
 
 # %%
 # Rung 4 does 64 FLOPs for a byte that it asks of global memory, and the datasheet's ridge is at 206. Is it lost? Blocks
 # beside each other ask for the same tiles, and the second time they come from the L2 cache, so the memory itself sees
-# less. How much less is for a GPU to measure. A tile of 128 × 256 would ask for less to begin with; exercise 1.
+# less. How much less is for a GPU to measure. The last rung asks for less to begin with, 85 FLOPs a byte; exercise 1.
 #
 # What a lane holds
 # -----------------
@@ -350,12 +370,13 @@ plt.show()
 #
 # Checked against NumPy
 # ---------------------
-# All four through the library, in the checked build, with rows gathered from 50 tokens, as the first product of a layer
-# does. Small integers make every sum exact, so that "equal" can mean equal; rung 4 rounds the result to bfloat16.
+# All five through the library, in the checked build, with rows gathered from 50 tokens, as the first product of a layer
+# does. Small integers make every sum exact, so that "equal" can mean equal; rungs 4 and 5 round the result
+# to bfloat16.
 tokens = np.random.default_rng(2).integers(0, 50, S).astype(np.int32)
 exact = in_numpy(x[tokens], w)
 for name in RUNGS:
-    dtype = device.BFLOAT16 if name == "4_tensor_core" else np.float32
+    dtype = device.BFLOAT16 if RUNGS[name].only_bfloat16 else np.float32
     with device.using("checked"):
         there = [device.array(a, dtype) for a in (x, w)]
         y = grouped_linear(*there, device.array(offsets, np.int32), device.array(tokens), using=name)

@@ -98,27 +98,43 @@ def test_several_tiles_in_every_direction(where, rung, dtype, gathered, order, r
     check(where, rung, offsets, 290, inner, outer, gathered, dtype, order, rng)
 
 
+@pytest.mark.parametrize("where", EVERYWHERE)
+@pytest.mark.parametrize(
+    "order", [("forward", 0, 0), ("reverse", 0, 0), ("shuffled", 1, 0)], ids=lambda order: order[0]
+)
+def test_a_pipeline_goes_from_tile_to_tile(where, order):
+    """Stages change hands many times: long products, then experts with one row each, and with none in between."""
+    counts = [1] * 13 + [0, 0, 290, 0, 1, 0, 330]
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    rng = np.random.default_rng(0)
+    check(where, "5_hopper", offsets, offsets[-1], 328, 136, True, device.BFLOAT16, order, rng)
+
+
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("where", EVERYWHERE)
 def test_infinity_of_an_expert_reaches_no_other_and_meets_no_zero(where, rung):
     inner, outer = (40, 24) if rung in NARROW else (37, 21)
     dtype = device.BFLOAT16 if rung in NARROW else np.float32
     offsets, infinite = np.array([0, 4, 9, 12, 14], np.int32), np.array([True, False, True, False])
-    in_slots = np.repeat(infinite, np.diff(offsets))
-    x, dy, w = np.ones((14, inner)), np.ones((14, outer)), np.ones((4, outer, inner))
-    x[in_slots], dy[in_slots], w[infinite] = np.inf, np.inf, np.inf
+    in_slots, nobodys = np.repeat(infinite, np.diff(offsets)), slice(14, 17)
+    x, dy, w = np.ones((17, inner)), np.ones((17, outer)), np.ones((4, outer, inner))
+    for of_slots in (x, dy):
+        of_slots[:14][in_slots], of_slots[nobodys] = np.inf, np.inf
+    w[infinite] = np.inf
     with running(where, ("forward", 0, 0)):
         (x, dy, w), _ = on_device(x, dy, w, dtype=dtype)
-        offsets, rows = on_device(offsets, np.arange(14, dtype=np.int32))[0]
+        offsets, rows = on_device(offsets, np.arange(17, dtype=np.int32))[0]
         y = doubles(grouped_linear(x, w, offsets, rows, using=rung))
         dx = doubles(grouped_dx(dy, w, offsets, using=rung))
         dw = doubles(grouped_dw(dy, x, offsets, rows, using=rung))
-    for product, is_infinite in ((y, in_slots), (dx, in_slots), (dw, infinite)):
+    assert not y[nobodys].any()
+    assert not dx[nobodys].any()
+    for product, is_infinite in ((y[:14], in_slots), (dx[:14], in_slots), (dw, infinite)):
         assert np.isposinf(product[is_infinite]).all()
         assert np.isfinite(product[~is_infinite]).all()
 
 
-def check_fused(where, offsets, slots, inner, outer, gathered, order, rng):
+def check_fused(where, rung, offsets, slots, inner, outer, gathered, order, rng):
     tokens, E = 7, len(offsets) - 1
     rows = rng.integers(0, tokens, slots).astype(np.int32) if gathered else np.arange(slots)
     x_shape, w_shape = (tokens if gathered else slots, inner), (E, outer, inner)
@@ -131,20 +147,22 @@ def check_fused(where, offsets, slots, inner, outer, gathered, order, rng):
             for e, part in enumerate(by_expert(offsets)):
                 product[part] = x64[rows[part]] @ w[e].T
         expected = (*products, reference.swiglu(*products)[0])
-        for found, wanted in zip(grouped_swiglu(x, w1, w3, there, index), expected, strict=True):
+        for found, wanted in zip(grouped_swiglu(x, w1, w3, there, index, rung), expected, strict=True):
             assert_equivalent(found, wanted)
 
 
+@pytest.mark.parametrize("rung", NARROW)
 @pytest.mark.parametrize("where", EVERYWHERE)
 @given(groups(), eights, eights, st.booleans(), orders, rngs)
 @settings(max_examples=10)
-def test_fused_swiglu_equals_the_products_and_the_swiglu(where, drawn, inner, outer, gathered, order, rng):
+def test_fused_swiglu_equals_the_products_and_the_swiglu(where, rung, drawn, inner, outer, gathered, order, rng):
     offsets, slots = drawn
     if slots:
-        check_fused(where, offsets, slots, inner, outer, gathered, order, rng)
+        check_fused(where, rung, offsets, slots, inner, outer, gathered, order, rng)
 
 
+@pytest.mark.parametrize("rung", NARROW)
 @pytest.mark.parametrize("where", EVERYWHERE)
-def test_fused_swiglu_of_several_tiles(where):
+def test_fused_swiglu_of_several_tiles(where, rung):
     offsets, order = np.array([0, 130, 130, 195, 196], np.int32), Order("shuffled", 0, 0)
-    check_fused(where, offsets, 200, 40, 72, True, order, np.random.default_rng(0))
+    check_fused(where, rung, offsets, 200, 40, 136, True, order, np.random.default_rng(0))

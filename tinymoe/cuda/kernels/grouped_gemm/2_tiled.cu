@@ -24,12 +24,12 @@ __global__ void __launch_bounds__(TILE *TILE)
     const RowTile tile = row_tile(offsets, experts, slots, blockIdx.x, TILE);
     const int tx = threadIdx.x, ty = threadIdx.y;
     const int slot = tile.begin + ty, first = blockIdx.y * TILE, column = first + tx;
-    const int row = slot < tile.end ? (rows ? rows[slot] : slot) : 0;  // beyond the end any row, whose sums nobody stores
+    const int row = slot < tile.end ? (rows ? rows[slot] : slot) : -1;
     w += (size_t)min(tile.expert, experts - 1) * inner * outer;
     const int used = tile.expert < experts ? inner : 0;  // rows that no expert owns become zeros
     float sum = 0;
     for (int i = 0; i < used; i += TILE) {
-        a[ty][tx] = i + tx < inner ? to_float(x[(size_t)row * inner + i + tx]) : 0;
+        a[ty][tx] = row >= 0 && i + tx < inner ? to_float(x[(size_t)row * inner + i + tx]) : 0;
         if (TRANSPOSED) b[tx][ty] = first + ty < outer && i + tx < inner ? to_float(w[(size_t)(first + ty) * inner + i + tx]) : 0;
         else b[ty][tx] = column < outer && i + ty < inner ? to_float(w[(size_t)(i + ty) * outer + column]) : 0;
         __syncthreads();  // both tiles are complete

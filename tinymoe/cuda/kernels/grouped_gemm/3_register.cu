@@ -49,13 +49,13 @@ __global__ void __launch_bounds__(THREADS)
     const int deep = t % (DEPTH / VECTOR) * VECTOR, along = t / (DEPTH / VECTOR);  // of a load 4 deep
     const int across = t % (TILE / VECTOR) * VECTOR, down = t / (TILE / VECTOR);   // of a load 4 across
     const int slot = tile.begin + along;
-    const int row = slot < tile.end ? (rows ? rows[slot] : slot) : 0;  // beyond the end any row, whose sums nobody stores
+    const int row = slot < tile.end ? (rows ? rows[slot] : slot) : -1;
     w += (size_t)min(tile.expert, experts - 1) * inner * outer;
     const int used = tile.expert < experts ? inner : 0;  // rows that no expert owns become zeros
     float sums[EACH][EACH] = {};
     for (int i = 0; i < used; i += DEPTH) {
         float loaded[VECTOR];
-        load(x + (size_t)row * inner + i + deep, inner - i - deep, inner % VECTOR == 0, loaded);
+        load(x + (int64_t)row * inner + i + deep, row >= 0 ? inner - i - deep : 0, inner % VECTOR == 0, loaded);
         for (int j = 0; j < VECTOR; j++) tiles.a[deep + j][along] = loaded[j];
         if (TRANSPOSED) {
             const int column = min(first + along, outer - 1);  // beyond the last, its sums again, which nobody stores
