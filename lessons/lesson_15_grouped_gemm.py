@@ -7,8 +7,8 @@ were sent there, groups of any size, possibly none. A GPU can multiply far faste
 be cut up so that its time is not spent on loading, and what does each cut save?
 
 tinymoe has five complete kernels for it, called rungs, in ``tinymoe/cuda/kernels/grouped_gemm/``: naive, tiles in
-shared memory, tiles in registers, tensor cores, and Hopper's way to feed them. We derive what each has to move, look at the lines that do it, *count*
-what they really move, and run them all on ragged groups against NumPy.
+shared memory, tiles in registers, tensor cores, and Hopper's way to feed them. We derive what each has to move, look at
+the lines that do it, *count* what they really move, and run them all on ragged groups against NumPy.
 
 **No rung has been timed on a GPU yet.** Nothing below is a speed. What is derived and counted are operations, operands
 and bytes, which are the same on every machine; where a device's ceilings are needed, they are its datasheet's.
