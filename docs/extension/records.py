@@ -50,14 +50,15 @@ def compile_record(record: dict[str, Any]) -> Iterator[str]:
     kernels, architectures = record["kernels"], record["architectures"]
     spills = sum(taken["spills"] for kernel in kernels for taken in kernel["taken"].values())
     yield f"{record['date']}, NVRTC {record['nvidia-cuda-nvrtc']}, tinymoe {record['tinymoe']}: "
-    yield f"{len(kernels)} instantiations of {len({kernel['file'] for kernel in kernels})} files, each for "
+    yield f"{len(kernels)} instantiations of {len({kernel['file'] for kernel in kernels})} files, for "
     yield f"{', '.join(architectures)}; {spills} bytes spilled in all."
     for file in dict.fromkeys(kernel["file"] for kernel in kernels):
         rows = []
         for kernel in kernels:
             if kernel["file"] == file:
-                values = [[str(kernel["taken"][of][what]) for of in architectures] for what in ("registers", "spills")]
-                shared = sorted({str(taken["shared"]) for taken in kernel["taken"].values()})
+                taken = kernel["taken"].values()
+                values = [[str(of[what]) for of in taken] for what in ("registers", "spills")]
+                shared = sorted({str(of["shared"]) for of in taken})
                 rows.append([f"`{kernel['kernel']}`", " / ".join(values[0]), " / ".join(shared), " / ".join(values[1])])
         yield ""
         yield f"### {file}"
