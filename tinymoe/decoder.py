@@ -118,16 +118,17 @@ class Decoder:
         except FloatingPointError as error:
             raise FloatingPointError(f"layer {layer}: {error}") from None
 
-    def _moe(self, layer: int, draws: Draws | None = None, single: bool = False) -> Any:
+    def _moe(self, layer: int, draws: Draws | None = None, few: bool = False) -> Any:
         """Return a layer's mixture, or None where it has no experts.
 
-        Noise and capacity are for training, which is where there are draws. ``single``: the fast form for one token.
+        Noise and capacity are for training, which is where there are draws. ``few``: the form for decoding, which on
+        the reference takes one token.
         """
         config = self.config
         if not config.has_experts(layer):
             return None
         if is_plain(config):
-            return self.ops.moe_decode if single else self.ops.moe
+            return self.ops.moe_decode if few else self.ops.moe
         bias = self.params[f"layers.{layer}.moe.bias"] if config.bias_update_rate else None
         variation = self.ops.Variation(
             bias=None if bias is None else self.place(bias, self._statistics),

@@ -195,7 +195,7 @@ class Mixtral(Decoder):
         rotation = self._rotation(positions)
         blocks = []
         for layer in range(self.config.n_layers):
-            moe = self._moe(layer, single=len(positions) == 1)
+            moe = self._moe(layer, few=len(positions) == 1 or self.backend == "cuda")
             x, saved = self._block(layer, x, (1, len(positions)), rotation, partial(attend, layer), moe)
             blocks.append(saved)
         for tokens, cache in zip(sequences, caches):

@@ -12,6 +12,8 @@ from strategies import Routed, rngs, routings
 from tinymoe import reference
 from tinymoe.cuda import device
 from tinymoe.cuda.dispatch import (
+    FEW_PAIRS,
+    PAIRS,
     combine,
     combine_backward,
     dispatch,
@@ -44,9 +46,9 @@ def littered(shape, dtype, empty=device.empty):
     return array
 
 
-def plans(routed):
+def plans(routed, few=FEW_PAIRS):
     """Return the plan that the device makes, and the reference's."""
-    with mock.patch.object(device, "empty", littered):
+    with mock.patch.object(device, "empty", littered), mock.patch("tinymoe.cuda.dispatch.FEW_PAIRS", few):
         plan = dispatch(device.array(routed.experts, np.int32), routed.num_experts)
     return plan, reference.dispatch(*routed)
 
@@ -62,12 +64,12 @@ def assert_same_plan(plan, expected):
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)
-@given(ragged | long_routings(), orders)
-def test_plan_is_the_reference_s_slot_by_slot(where, routed, order):
+@given(ragged | long_routings(), st.sampled_from([0, FEW_PAIRS, PAIRS]), orders)  # few: by one block
+def test_plan_is_the_reference_s_slot_by_slot(where, routed, few, order):
     with running(where, order):
-        plan, expected = plans(routed)
+        plan, expected = plans(routed, few)
         assert_same_plan(plan, expected)
-        assert_same_bits(plans(routed)[0], plan)
+        assert_same_bits(plans(routed, few)[0], plan)
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)

@@ -8,9 +8,11 @@ from tinymoe.cuda import device
 from tinymoe.errors import InputError
 
 PAIRS, SCAN, ROWS = 256, 1024, 4  # pairs of a block; threads of the scan; rows of a block
+FEW_PAIRS = 64  # which one block sorts by comparing each with each
 MAX_EXPERTS = 1024  # whose slots fit in a block's shared memory, for each of its warps
 KERNELS = device.Kernels(
     "dispatch.cu",
+    "dispatch_few",
     "dispatch_count",
     "dispatch_scan",
     "dispatch_scatter",
@@ -61,8 +63,11 @@ def dispatch(experts: Any, num_experts: int) -> Plan:
         raise InputError(f"num_experts is {num_experts}; the CUDA dispatch takes from 1 to {MAX_EXPERTS}")
     (N, k), E = experts.shape, num_experts
     pairs, blocks = N * k, max(1, -(-N * k // PAIRS))
-    counts, starts = device.empty((E, blocks), np.int32), device.empty((E, blocks), np.int32)
     tokens, offsets, slots = (device.empty(shape, np.int32) for shape in (pairs, E + 1, (N, k)))
+    if pairs <= FEW_PAIRS:
+        KERNELS.launch("dispatch_few", 1, PAIRS, experts, tokens, offsets, slots, pairs, E, k)
+        return Plan(tokens, offsets, slots)
+    counts, starts = device.empty((E, blocks), np.int32), device.empty((E, blocks), np.int32)
     KERNELS.launch("dispatch_count", blocks, PAIRS, experts, counts, pairs, E, shared=4 * E)
     KERNELS.launch("dispatch_scan", 1, SCAN, counts, starts, offsets, blocks, E)
     KERNELS.launch(

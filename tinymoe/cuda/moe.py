@@ -11,6 +11,7 @@ from tinymoe.cuda.dispatch import (
     gather_backward,
 )
 from tinymoe.cuda.experts import ExpertsSaved, add, expert_ffn_backward, gathered_ffn
+from tinymoe.cuda.few_tokens import FEW_PAIRS, few_tokens_ffn
 from tinymoe.cuda.router import RouteSaved, Routing, route, route_backward
 
 
@@ -52,6 +53,10 @@ def moe_backward(dy: Any, dlogits: Any | None, saved: MoESaved) -> tuple[Any, An
 
 
 def moe_decode(x: Any, w_gate: Any, w1: Any, w2: Any, w3: Any, top_k: int) -> tuple[Any, MoEDecoded]:
-    """Compute `moe` of a single token (1, D)."""
-    y, saved = moe(x, w_gate, w1, w2, w3, top_k)
-    return y, MoEDecoded(saved.routing)
+    """Compute `moe` of tokens (N, D) that need no gradient; a few of them by kernels that read each weight once."""
+    if len(x) * top_k > FEW_PAIRS:
+        y, saved = moe(x, w_gate, w1, w2, w3, top_k)
+        return y, MoEDecoded(saved.routing)
+    routing, _ = route(x, w_gate, top_k)
+    plan = dispatch(routing.experts, len(w_gate))
+    return few_tokens_ffn(x, routing.weights, plan, w1, w2, w3), MoEDecoded(routing)

@@ -1,6 +1,6 @@
 // Dispatch: a stable counting sort of the (token, choice) pairs by expert, and rows carried there and back.
 //
-// The sort takes three launches and never asks the host. A block owns PAIRS neighbouring pairs, a thread one of them.
+// The sort takes three launches, or for few pairs one, and never asks the host. A block owns PAIRS neighbouring pairs, a thread one of them.
 //   count     each block counts its pairs of each expert: counts (E, blocks);
 //   scan      one block sums all counts that stand before each: as (E, blocks) lies in memory, these are the slots where
 //             each block's pairs of each expert begin, and every block's first is its expert's offset;
@@ -33,6 +33,27 @@ __global__ void dispatch_count(const int *experts, int *counts, int pairs, int E
     if (i < pairs && is_expert(experts[i], E)) atomicAdd(&count[experts[i]], 1);
     __syncthreads();  // all have counted
     for (int e = threadIdx.x; e < E; e += PAIRS) counts[(size_t)e * gridDim.x + blockIdx.x] = count[e];
+}
+
+// All of it for up to PAIRS pairs, by one block: a pair's slot is the number of those that stand before it.
+__global__ void dispatch_few(const int *experts, int *tokens, int *offsets, int *slots, int pairs, int E, int k) {
+    __shared__ int of[PAIRS];
+    const int i = threadIdx.x;
+    const bool goes = i < pairs && is_expert(experts[i], E);
+    const int e = goes ? experts[i] : E;  // those that go nowhere stand behind all others
+    of[i] = e;
+    __syncthreads();  // every pair's expert is there
+    int before = 0;
+    for (int j = 0; j < pairs; j++) before += of[j] < e || (of[j] == e && j < i);
+    if (i < pairs) {
+        slots[i] = goes ? before : -1;
+        tokens[before] = goes ? i / k : -1;
+    }
+    for (int expert = i; expert <= E; expert += PAIRS) {
+        int lower = 0;
+        for (int j = 0; j < pairs; j++) lower += of[j] < expert;
+        offsets[expert] = lower;
+    }
 }
 
 // The sum over this lane and those before it.

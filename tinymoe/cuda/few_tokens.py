@@ -1,0 +1,57 @@
+"""The experts of a few tokens, as when a text is written: bound by reading the weights of the chosen, each once."""
+
+from typing import Any
+
+from tinymoe.cuda import device
+from tinymoe.cuda.dispatch import FEW_PAIRS as FEW_PAIRS  # (token, choice) pairs; beyond, tensor cores are for it
+from tinymoe.cuda.dispatch import Plan
+
+WARPS, OWNED = 8, 2  # of a block; rows of a matrix that a warp multiplies by
+KERNELS = device.Kernels(
+    "few_tokens.cu",
+    *(f"{kernel}<{T}>" for kernel in ("few_up", "few_down") for T in ("{T}, 1", "float, 4", "bfloat16, 8")),
+)
+
+
+def few_tokens_ffn(x: Any, weights: Any, plan: Plan, w1: Any, w2: Any, w3: Any) -> Any:
+    """Compute y[n] = Σ_k weights[n, k] · w2_e(silu(w1_e x[n]) ⊙ w3_e x[n]), e = the expert of choice k.
+
+    Two launches, the second of which mixes, in the order of the choices. Only ``hidden`` is rounded to the dtype of x.
+
+    Parameters
+    ----------
+    x
+        (N, D), N·k up to `FEW_PAIRS`.
+    weights
+        (N, k) float32.
+    plan
+        Where the pairs go.
+    w1, w2, w3
+        (E, F, D), (E, D, F), (E, F, D).
+
+    Returns
+    -------
+    y
+        (N, D).
+    """
+    (N, k), (E, F, D) = weights.shape, w1.shape
+    hidden, y = device.empty((N * k, F), x.dtype), device.empty((N, D), x.dtype)
+    blocks = WARPS * OWNED
+    KERNELS.launch(
+        _of("few_up", x, D), (-(-F // blocks), E), 32 * WARPS, x, plan.tokens, w1, w3, plan.offsets, hidden, D, F
+    )
+    KERNELS.launch(
+        _of("few_down", x, F),
+        -(-D // blocks),
+        32 * WARPS,
+        *(hidden, w2, weights, plan.slots, plan.offsets, y, N, k, E, F, D),
+        shared=WARPS * OWNED * N * k * 4,
+    )
+    return y
+
+
+def _of(kernel: str, x: Any, inner: int) -> str:
+    """Return the instantiation whose loads are of 16 bytes, if rows of so many elements are multiples of them."""
+    T = device.ctype(x)
+    width = 16 // x.dtype.itemsize
+    return f"{kernel}<{T}, {width if inner % width == 0 else 1}>"
