@@ -58,6 +58,11 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "for(intby=1;by<=WARP;by*=2){": "no lane is as high as WARP",
         "for(intby=1;by+1<WARP;by*=2){": "the powers of two below are the same",
     },
+    "few_tokens.cu": {
+        "for(intr=0;r<=MOST;r++){": "count is at most MOST, and ends it",
+        "if(column>outer)return;": "a warp beyond the last row stores nothing",
+        "for(intfirst=offsets[e],end=offsets[e+1];first<=end;first+=MOST){": "one more pass, of no rows",
+    },
     "gate.h": {
         "for(inti=0;i<=HELD;i++)": "one more bit, which nobody reads, or no expert's place",
         "for(intfirst=0;first<=E;first+=TILE){": "one more tile, of no expert",
