@@ -190,13 +190,21 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    for option, what in (("only", "kernels"), ("tokens", "moe")):
+        if getattr(options, option) is not None and options.what != what:
+            raise InputError(f"--{option} goes with bench {what} alone")
+    if options.what == "moe":
+        if options.size is not None:
+            raise InputError("--size goes with bench model and bench kernels: give bench moe its --tokens")
+        from tinymoe.bench import moe
+
+        moe.command(tokens=options.tokens, rounds=options.rounds, out=options.out)
+        return
     if options.what == "kernels":
         from tinymoe.bench import kernels
 
         kernels.command(sizes=options.size, only=options.only, rounds=options.rounds, out=options.out)
         return
-    if options.only is not None:
-        raise InputError("--only goes with bench kernels: give bench model its --size")
     from tinymoe.bench import model
 
     model.command(sizes=options.size, rounds=options.rounds, out=options.out)

@@ -104,9 +104,10 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--device", help="one device only: h200, h100, a100-80gb, a100-40gb or here (all)")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
-    bench = add("bench", "measure the model beside its peers, or the kernels beside their floors")
-    bench.add_argument("what", choices=["model", "kernels"], help="what to measure")
+    bench = add("bench", "measure the model or its expert block beside peers, or the kernels beside their floors")
+    bench.add_argument("what", choices=["model", "kernels", "moe"], help="what to measure")
     bench.add_argument("--size", nargs="+", help="sizes to measure: tiny, small, medium; of the kernels, toy … (all)")
+    bench.add_argument("--tokens", nargs="+", type=_count, help="of moe: tokens in a batch (1 to 16384)")
     bench.add_argument("--only", nargs="+", metavar="COMPONENT", help="of the kernels: these components (all)")
     bench.add_argument("--rounds", type=_count, default=7, help="rounds of each measurement (7)")
     bench.add_argument("--out", metavar="FILE", help="also write the record as JSON")
