@@ -68,6 +68,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "for(intfirst=0;first<=E;first+=TILE){": "one more tile, of no expert",
         "if(first+t>E)break;": "one more sum, of zeros, in a place of no expert",
     },
+    "ragged.h": {
+        "for(inte=0;e<=experts;e++)tiles+=((e+1<experts?": "a tile too many has nothing to do",
+    },
     "router.cu": {
         "returna.score>b.score||(a.score==b.score&&a.expert<=b.expert)?a:b;": "of one expert, a and b are the same",
     },

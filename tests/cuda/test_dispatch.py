@@ -73,6 +73,13 @@ def test_plan_is_the_reference_s_slot_by_slot(where, routed, few, order):
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)
+def test_one_block_sorts_as_many_pairs_as_it_has_threads(where):
+    experts = np.random.default_rng(0).integers(-1, 9, (PAIRS // 2, 2))
+    with running(where, ("shuffled", 0, 0)):
+        assert_same_plan(*plans(Routed(experts, 9), PAIRS))
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
 @pytest.mark.parametrize("E", [683, 1000, 1024])
 def test_plan_of_very_many_experts(where, E):  # the scan takes 3 E counts, 1024 at a time; of 683, one is left over
     experts = np.random.default_rng(0).integers(-1, E, (700, 1))
