@@ -79,7 +79,7 @@ __device__ __forceinline__ void wgmma_wait() {
 template <int N>
 __device__ __forceinline__ void pin(float (&d)[N]) {
 #pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+    for (float &x : d) asm volatile("" : "+f"(x)::"memory");
 }
 
 // Operands %0 to %n of an instruction, ten by ten, and the accumulators that they are.
