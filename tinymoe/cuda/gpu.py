@@ -69,6 +69,29 @@ def seconds(run: Callable[[], Any], ahead: Callable[[], Any]) -> tuple[float, bo
     return cupy.cuda.get_elapsed_time(start, stop) / 1e3, waited  # of milliseconds
 
 
+def record(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    """Record what ``run`` launches as a CUDA graph; return what it returned, and what launches the graph.
+
+    All of its arrays lie in a pool of their own, which lives as long as the graph: no other array gets their memory.
+    The first run compiles the kernels and fills the pool, since nothing may be allocated while a stream is recorded.
+    """
+    pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()  # what the inputs are made of is done
+    with stream, cupy.cuda.using_allocator(pool.malloc):
+        run()
+        stream.synchronize()
+        stream.begin_capture()
+        result = run()
+        graph = stream.end_capture()
+
+    def replay() -> None:
+        graph.launch(cupy.cuda.get_current_stream())
+
+    replay.pool = pool  # type: ignore[attr-defined]  # lives as long
+    replay()  # a recorded run has computed nothing
+    return result, replay
+
+
 def free() -> None:
     """Give the memory pool's free blocks back."""
     cupy.get_default_memory_pool().free_all_blocks()
