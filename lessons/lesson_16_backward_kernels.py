@@ -202,8 +202,9 @@ for choices in (2, 4):
 # %%
 # One of these lines surprises. With k = 2 into zeros even the atomics cannot disagree: float addition *commutes*,
 # :math:`a + b = b + a` to the last bit. What it lacks is *associativity*, :math:`(a + b) + c \ne a + (b + c)`, and that
-# takes three terms. Add the same two rows into the residual stream, and the schedule shows. Two terms into zeros is the
-# most that a scatter can do safely, and a kernel that relies on it breaks with the next change.
+# takes three terms. (The zero is no third: 0 + a is exactly a.) Add the same two rows into the residual stream, and
+# the schedule shows. Two terms into zeros is the most that a scatter can do safely, and a kernel that relies on it
+# breaks with the next change.
 #
 # The library gathers, always: ``sum_slots`` in ``dispatch.cu`` is the combine, and with all weights 1 it is the
 # backward of dispatch's copy.
@@ -225,7 +226,7 @@ assert distinct > 10
 figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
 axes.hist((sums - exact) / last_place, bins=60, color="C0")
 axes.axvline((in_order - exact) / last_place, color="black", linewidth=1, label="in the order of the text")
-axes.axvline((np.sum(terms) - exact) / last_place, color="C1", linestyle="--", label="np.sum, by halves")
+axes.axvline((np.sum(terms) - exact) / last_place, color="C1", linestyle="--", label="np.sum, pairwise")
 axes.set(xlabel="error in units of the last place of a float32", ylabel="of 2000 orders")
 axes.legend()
 axes.set_title(f"The same 4096 numbers added in 2000 orders: {distinct} different sums, none of them wrong")
@@ -275,13 +276,15 @@ assert len({gradient.tobytes() for gradient in by_order}) == 1
 print("the library's gate gradient: the same bits in", len(ORDERS), "schedules")
 
 # %%
-# More slices change the bits, a different schedule does not. So their number may depend on N, and not on the machine.
+# More slices make shorter chains of additions, hence smaller errors, and other bits; a different schedule changes
+# neither. So their number may depend on N, and not on the machine.
 #
 # Checked: the whole layer
 # ------------------------
-# First the reference against finite differences, along a random direction of all parameters at once: with
-# :math:`\theta` the input and every weight, :math:`(L(\theta + hv) - L(\theta - hv)) / 2h` must be :math:`dL \cdot v`.
-# Then the kernels against the reference, in every schedule.
+# First the reference against finite differences, along a random direction v of all parameters at once: with
+# :math:`L = \sum dy \odot y` for a random dy and :math:`\theta` the input and every weight,
+# :math:`(L(\theta + hv) - L(\theta - hv)) / 2h` must be :math:`dL \cdot v`. Then the kernels against the reference, in
+# every schedule.
 arrays = [x, w_gate, w1, w2, w3]
 dtokens = rng.standard_normal((N, D))  # the gradient of the layer's result
 _, saved = reference.moe(*arrays, k)
@@ -316,12 +319,13 @@ print("gradient of the unchosen expert:", wgrad(lazy)[0][5, 0, :4])
 assert np.isnan(wgrad(lazy)[0][5]).all()
 
 # %%
-# **2. The scatter without atomics.** In the fast build each addition is whole, and the result is right. The checker
-# finds the two blocks that share a token; NumPy's fancy index loses all additions but the last.
+# **2. The scatter without atomics.** The fast build, in which each addition is whole, computes the right result. The
+# checker finds the two blocks that share a token; NumPy's fancy index loses all additions but the last.
 lost = SCATTER.replace("atomicAdd(&y[pair / k * D + d], ", "y[pair / k * D + d] += (")
 out = rng.standard_normal((S, D))
 try:
     scatter(out, routing.weights, plan, 0, 0, lost)
+    raise AssertionError("nobody noticed")
 except KernelError as error:
     caught = error
 print(caught)
@@ -340,8 +344,8 @@ np.testing.assert_allclose(reference.gather_backward(drows, reference.gather(x, 
 
 # %%
 # **3. The weight forgotten.** :math:`do_s = w_{nj}\, dy_n`: each slot's gradient has its token's mixing weight. Without
-# it dW of both experts is too large by different factors, the loss falls all the same, and nothing but a comparison
-# of gradients tells.
+# it each token's part of dW is too large by 1/w, another factor for each token and expert; the loss falls all the same,
+# and nothing but a comparison of gradients tells.
 dout, _ = reference.combine_backward(dtokens, reference.combine(out, routing.weights, plan)[1])
 without = dtokens[plan.tokens]
 print(f"norm of the slots' gradients: {np.linalg.norm(dout):.2f}, without weights {np.linalg.norm(without):.2f}")

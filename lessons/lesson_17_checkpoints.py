@@ -20,7 +20,8 @@ neither is needed.
 # --------------
 # A **safetensors** file is three things in a row: eight bytes that say how long the header is (little-endian,
 # unsigned), the header in JSON, and the data. The header gives each tensor a dtype, a shape, and where its bytes begin
-# and end, counted from the end of the header. We store our line, padding the header with spaces so that the data
+# and end, counted from the end of the header; elements are little-endian and in C order, and tensors leave no gaps. We
+# store our line, padding the header with spaces so that the data
 # starts at a multiple of eight.
 import json
 import pickle
@@ -50,7 +51,8 @@ print({name: (array.dtype, array.shape) for name, array in opened.items()})
 assert opened["line"].tobytes().decode() == LINE
 
 # %%
-# There is nothing else in the format: no code, no compression, no checksum, no order of tensors that means anything.
+# There is nothing else in the format but an optional ``__metadata__`` of strings: no code, no compression, no checksum,
+# no order of tensors that means anything.
 #
 # A file that transformers wrote
 # ------------------------------
@@ -241,7 +243,8 @@ figure.legend(ncols=4, fontsize=8, loc="outside lower center")
 plt.show()
 
 total, active = large.count_parameters(), large.count_active_parameters()
-print(f"8x7B in bfloat16: {2 * total / 1e9:.1f} GB on disk, of which a token reads {2 * active / 1e9:.1f} GB")
+used = active - large.vocab_size * large.dim + large.dim  # of the embedding only its row
+print(f"8x7B in bfloat16: {2 * total / 1e9:.1f} GB on disk, of which a token reads {2 * used / 1e9:.1f} GB")
 
 # %%
 # A **memory map** makes the file an array without reading it. The system reads a page when it is first touched, and may
@@ -353,11 +356,12 @@ except tinymoe.InputError as refused:
 #
 # Exercises
 # ---------
-# 1. ``narrow`` is wrong for one NaN: find bits for which it returns an infinity, and repair it.
+# 1. ``narrow`` is wrong for some NaNs: find bits for which it returns an infinity, and bits for which it returns zero,
+#    and repair it.
 # 2. Read ``tests/golden/mistral_layout``, which is in Mistral's own layout and names. Which step falls away? Compare
 #    the logits with its ``expected.safetensors``.
-# 3. float16 has 5 bits of exponent and 10 of fraction. Compare the error of both formats on normal numbers, and find a
-#    number that only bfloat16 can hold.
+# 3. float16 has 5 bits of exponent and 10 of fraction. Compare the error of both formats on normally distributed
+#    numbers, and find a number that only bfloat16 can hold.
 
 # %%
 # .. raw:: html
@@ -370,11 +374,13 @@ except tinymoe.InputError as refused:
 # not rotated, and the order of their elements must be that of :math:`W_o`'s columns; (e) ``tie_word_embeddings``: the
 # embedding serves as the head.
 #
-# 1. A NaN whose fraction has bits in the lower half only becomes an infinity when these are cut off. Keep it NaN by
-#    setting a bit of the upper half.
+# 1. A NaN whose fraction is at most 0x8000 loses it in rounding and becomes an infinity. One whose upper half is 0x7FFF
+#    or 0xFFFF is rounded up past the end, and becomes −0 or +0. Keep NaNs out of the rounding: cut them off and set a
+#    bit of the fraction.
 quiet = np.array([0x7F800001], np.uint32).view(np.float32)
 assert np.isnan(quiet).all()
 assert np.isinf(widen(narrow(quiet))).all()
+assert (widen(narrow(np.array([0x7FFFFFFF], np.uint32).view(np.float32))) == 0).all()
 
 
 def narrow_all(values):
@@ -385,7 +391,7 @@ assert np.isnan(widen(narrow_all(quiet))).all()
 assert (narrow_all(many) == narrow(many)).all()
 
 # %%
-# 2. The reordering: Mistral pairs neighbours, as we do. Only the names are others, and here the library knows them.
+# 2. The reordering: Mistral pairs neighbours, as we do. Only the names differ, and the library knows them.
 mistral = tinymoe.Mixtral.from_pretrained(golden / "mistral_layout")
 raw = read(golden / "mistral_layout" / "consolidated.safetensors")
 assert (mistral.params["layers.0.attention.wq"] == raw["layers.0.attention.wq.weight"]).all()
@@ -394,13 +400,16 @@ print(f"off by {off_by(mistral(wanted['tokens']), wanted['logits']):.0e}")
 assert off_by(mistral(wanted["tokens"]), wanted["logits"]) < 2e-5
 
 # %%
-# 3. Three more bits of fraction make float16 eight times as exact where it reaches; it ends at 65,504.
+# 3. Three more bits of fraction make float16's spacing an eighth where it reaches (the largest error of a sample need
+#    not show all of that). It ends at 65,504; bfloat16 holds :math:`2^{17}` exactly.
 normal = many[:100_000]
 errors = [abs(normal - rounded).max() for rounded in (normal.astype(np.float16), widen(narrow(normal)))]
-print(f"largest error on normal numbers: float16 {errors[0]:.5f}, bfloat16 {errors[1]:.5f}")
+print(f"largest error on normally distributed numbers: float16 {errors[0]:.5f}, bfloat16 {errors[1]:.5f}")
 with np.errstate(over="ignore"):
-    print("100,000 becomes", np.float32(1e5).astype(np.float16), "and", widen(narrow(np.array([1e5], np.float32)))[0])
-    assert np.isinf(np.float32(1e5).astype(np.float16))
+    large_number = np.array([2**17], np.float32)
+    print("131,072 becomes", large_number.astype(np.float16)[0], "and", widen(narrow(large_number))[0])
+    assert np.isinf(large_number.astype(np.float16)).all()
+    assert widen(narrow(large_number)) == large_number
 assert errors[0] < errors[1] / 4
 folder.cleanup()
 

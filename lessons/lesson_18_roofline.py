@@ -18,7 +18,7 @@ datasheets, which no program quite reaches, and a rate computed from them is a c
 # Counting parameters
 # -------------------
 # From Table 1 of the paper, with the letters of all lessons. Attention has four matrices, of which keys and values have
-# G heads in place of H; an expert has three; embedding and output head are apart.
+# G heads in place of H; an expert has three; embedding and output head are two matrices.
 import subprocess
 import sys
 from pathlib import Path
@@ -57,11 +57,13 @@ claims = [
     ("11.5 B are shared", 11.5e9, shared, "attention, router, norms, embeddings"),
     ("top-2 of 8 uses 2/8 of the parameters", 2 / 8, active / total, "the shared part is always used"),
     ("FLOPs 2.2 x fewer than a dense 70 B", 2.2, 70e9 / active, "by active parameters"),
-    ("bfloat16 on one GPU takes 15 GB", 15e9, 2 * total, "billion bytes of weights"),
+    ("bfloat16 on one GPU takes 15 GB", 15e9, 2 * total, "of weights"),
 ]
 for claim, said, counted, why in claims:
-    unit, scale = ("", 1) if counted < 1000 else (" M", 1e6) if counted < 1e9 else (" B", 1e9)
-    print(f"{claim:40} counted: {counted / scale:6.2f}{unit:2}  ({why})")
+    unit, scale = (
+        ("GB", 1e9) if "GB" in claim else ("", 1) if counted < 1000 else ("M", 1e6) if counted < 1e9 else ("B", 1e9)
+    )
+    print(f"{claim:40} counted: {counted / scale:6.2f} {unit:2}  ({why})")
     assert abs(said - counted) > 0.05 * counted  # each is off by more than rounding
 
 # %%
@@ -98,7 +100,7 @@ for memory in sorted({device.memory_bytes / 1e9 for device in DEVICES.values()})
     axes.text(memory + 1.5, 2.45, names.replace(", ", "\n"), fontsize=7, va="bottom")
 axes.set(yticks=range(3), yticklabels=bars, xlabel="GB (blue: weights, orange: cache of 16 x 4096 tokens)")
 axes.set(xlim=(0, 230), ylim=(-0.5, 3.2))
-axes.set_title("8x7B and the published memory of one GPU: bfloat16 fits a 141 GB card alone")
+axes.set_title("8x7B and the published memory of one GPU: in bfloat16 it fits on a single 141 GB card")
 plt.show()
 assert 80e9 < weight_bytes + cache < 141e9
 
@@ -197,8 +199,11 @@ print("GB per token:", ", ".join(f"{b}: {v / 1e9:.3g}" for b, v in zip(batches, 
 
 # %%
 # So the answer to the first question depends on who asks. Memory says 47B. FLOPs say 13B. Bytes per step say 13B for
-# one sequence and 47B for a crowd, and that is what the paper means by "more suitable for batched workloads": from 1 to
-# 2 sequences the bytes per token hardly fall, because the second one brings its own experts.
+# one sequence and 47B for a crowd. From 1 to 2 sequences the bytes per token fall by a sixth, where a dense model's
+# halve, because the second one brings its own experts. It takes a crowd to share them, which is one reason for the
+# paper's remark that mixtures are "more suitable for batched workloads". Once all experts are in use, B tokens do
+# :math:`2 B k \cdot 3DF` FLOPs on :math:`2 E \cdot 3DF` bytes, B·k/E FLOPs a byte in place of a dense block's B: a
+# mixture needs E/k = 4 times the batch for the same.
 #
 # The roofline
 # ------------
@@ -236,11 +241,15 @@ assert prefill > ridge
 # %%
 # Why decoding stays on the slope
 # -------------------------------
-# Reading the weights is shared by all sequences, so a larger batch raises the intensity. But nobody shares a cache:
-# each sequence reads its own, at every step. With B growing the weights' part vanishes, and what is left is one token's
-# FLOPs over one cache:
+# Reading the weights is shared by all sequences, so a larger batch raises the intensity. But each sequence has a
+# cache of its own (unless prompts begin alike and their common part is kept once), and reads it at every step. With B
+# growing the weights' part vanishes, and what is left is one token's FLOPs over one cache:
 #
 # .. math:: I_\infty = \frac{\text{FLOPs of a token at context } T}{T \cdot 131{,}072 \text{ bytes}} .
+#
+# A token's FLOPs are :math:`c + 4LHK\,T`, so :math:`I_\infty = \Pi/\beta` is reached at
+# :math:`T = c / (131{,}072\,\Pi/\beta - 4LHK)`. As T grows, :math:`I_\infty` falls to
+# :math:`4LHK / 131{,}072 = 4 = H/G`: each cached number is used by H/G query heads, which is what grouping them is for.
 for context in (512, 4096, 32768):
     limit = decode_flops(context) / (context * kv_bytes)
     print(f"context {context:6}: at most {limit:6.1f} FLOP a byte; ridge of an H200 (published) {ridge:.0f}")
@@ -293,7 +302,8 @@ assert at_context < ridge / 10
 # * Memory follows the total parameters, FLOPs the active ones, bytes per step lie between and depend on the batch.
 # * Distinct experts: :math:`E (1 - (1 - k/E)^B)` for independent tokens and an even load; an uneven one uses fewer.
 # * A mixture needs E/k times the batch of a dense block for the same intensity of its weights.
-# * Decoding with a long context cannot be bound by arithmetic, at any batch: each sequence reads its own cache.
+# * Beyond about a thousand tokens of context decoding cannot be bound by arithmetic on an H200, at any batch: each
+#   sequence reads its own cache.
 # * Published figures give ceilings. What is reached, a measurement says.
 #
 # **Ask yourself.** (a) Why must all experts be in memory for a single sequence? (b) What is the intensity of decoding

@@ -155,9 +155,10 @@ text, key = passage(128, 0.4, np.random.default_rng(1))
 print(f"{text}|{key}")
 
 # %%
-# The four digits differ on purpose. Then the byte before an answer's digit occurs once in the key, and says which
-# digit is next: an induction head, which looks for an earlier occurrence of the present byte and copies what followed,
-# can answer. A key such as 4484 would also ask it to count.
+# The four digits differ on purpose. Then the byte before the second, third and fourth digit of the answer occurs once
+# in the key, and says which digit is next: an induction head, which looks for an earlier occurrence of the present
+# byte and copies what followed, can answer. (For the first digit it must match more than the space before it.) A key
+# such as 4484 would also ask it to count.
 #
 # The generator of the experiment is ``tinymoe.experiments.passkey.passages``. It makes the same kind of text as
 # tokens, with the answer at the end, so that the model's most probable digits can be compared in one pass.
@@ -198,7 +199,7 @@ for axis, of_model in zip(axes, numbers["models"].values()):
     axis.set_title(f"a window of {of_model['window']}" if of_model["window"] else "full attention", fontsize=10)
 axes[0].set_ylabel("where the key is hidden")
 figure.colorbar(image, label="share of keys found")
-figure.suptitle("Full attention finds every key in the trained length (dashed), the window those in its reach")
+figure.suptitle("Full attention finds every key in the trained length (dashed), the window nearly all in its reach")
 plt.show()
 
 # %%
@@ -220,7 +221,7 @@ near = {distance: f"{exact}/{asked}" for distance, (exact, asked) in sorted(by_d
 print("by distance:", near)
 
 # %%
-# Between 31 and 93 bytes no layer sees key and question together. That most keys are found all the same means that
+# Between 32 and 93 bytes no layer sees key and question together. That most keys are found all the same means that
 # the layers hand them on: bytes on the way pick the key up in one layer, and the next layer finds it there. It gets
 # harder towards the end, where few chains lead. Beyond 93 there is only luck, one key in 5040.
 #
@@ -272,8 +273,8 @@ assert broken[-1] > kept[-1] + 1, "without the window it breaks"
 
 # %%
 # What the function does is a line of counting: with −100 for a target that does not count (lesson 1), all but the last
-# 32 are left out. By hand, from the logits, for the shortest context; and beside it what a model would lose that knows
-# no more than how frequent each byte is, the entropy of the bytes:
+# 32 are left out. By hand, from the logits, for the shortest context; and beside it the loss of a model that knows
+# only how frequent each byte is, the entropy of the bytes:
 part = passages[:, -(4 + 32) :]
 logits = small(part[:, :-1])[:, 3:]  # (n, 32, V): those at position t are of the byte at t + 1
 top = logits.max(axis=-1, keepdims=True)
@@ -343,7 +344,7 @@ for n in (8, 32, 128):
     print(f"pieces of {n:>3}: {small.loss(pieces[:, :-1], pieces[:, 1:]):.3f} nats per byte")
 
 # %%
-# From 8 to 128 this falls several times as far as the curve of the same bytes did.
+# From 8 to 128 this falls about eleven times as far as the curve of the same bytes did.
 #
 # Remember
 # --------

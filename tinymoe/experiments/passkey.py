@@ -48,8 +48,9 @@ class Passages(NamedTuple):
 def passages(count: int, length: int, rng: np.random.Generator, depth: float | None = None) -> Passages:
     """Return texts of filler words in which "the pass key is 4821. " is hidden, and "the pass key is 4821" the end.
 
-    The digits of a key differ. So the byte before an answer's digit, the space or a digit, says where in the key it is,
-    and an induction head (Olsson et al. 2022, arXiv 2209.11895) can copy what followed it.
+    The digits of a key differ. So the byte before the second to fourth digit of the answer says where in the key it is,
+    and an induction head (Olsson et al. 2022, arXiv 2209.11895) can copy what followed it. The first needs a longer
+    match.
 
     Parameters
     ----------
