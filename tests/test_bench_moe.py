@@ -121,10 +121,11 @@ def test_what_cannot_be_measured_is_refused_in_a_line(capsys, arguments, says):
     assert says in err
 
 
-def test_torch_and_transformers_compute_the_same_block(weights):
-    peers = pytest.importorskip("tinymoe.bench.moe_peers", reason="no torch: pip install 'tinymoe[parity]'")
+@pytest.mark.parametrize("peer", ["moe_peers", "moe_jax"])
+def test_peers_compute_the_same_block(weights, peer):
+    module = pytest.importorskip(f"tinymoe.bench.{peer}", reason="no such peer: pip install 'tinymoe[parity]'")
     batch = batch_of(9)
     sample, expected = moe.exact(weights, batch)
-    for name, passes in peers.contestants(weights, batch).items():
+    for name, passes in module.contestants(weights, batch).items():
         for run in passes.values():
             assert moe._error(run(), sample, expected) < 1e-2, name

@@ -9,6 +9,7 @@ Its floor is the larger of its FLOPs over the rate of a large product and its by
 measured in the same run. Weights are larger than any cache, so every round reads them from memory.
 """
 
+import importlib
 import json
 import statistics
 from collections.abc import Callable
@@ -187,11 +188,13 @@ def work(weights: Weights, batch: Batch, each: str) -> tuple[float, float]:
 def contestants(weights: Weights, batch: Batch) -> dict[str, Passes]:
     """Return the passes of all that are here, ours first."""
     found = {OURS: ours(weights, batch), CEILING: dense(weights, batch), "loop of products": loop(weights, batch)}
-    try:
-        from tinymoe.bench import moe_peers
-    except ImportError:
-        return found
-    return found | moe_peers.contestants(weights, batch)
+    for peer in ("moe_peers", "moe_jax"):
+        try:
+            module = importlib.import_module(f"tinymoe.bench.{peer}")
+        except ImportError:  # not installed
+            continue
+        found |= module.contestants(weights, batch)
+    return found
 
 
 def ours(weights: Weights, batch: Batch) -> Passes:

@@ -150,6 +150,14 @@ def host(values: Any) -> np.ndarray:
     return values.get() if hasattr(values, "get") else np.asarray(values)
 
 
+def synchronize() -> None:
+    """Wait until the device has done all that was launched."""
+    if current() == "gpu":
+        from tinymoe.cuda import gpu
+
+        gpu.synchronize()
+
+
 def free() -> None:
     """Give memory that is held for the next arrays back to the device, which only a GPU's allocator does hold."""
     if current() == "gpu":

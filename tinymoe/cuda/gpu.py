@@ -92,6 +92,11 @@ def record(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
     return result, replay
 
 
+def synchronize() -> None:
+    """Wait for all streams of the card in use."""
+    cupy.cuda.Device().synchronize()
+
+
 def free() -> None:
     """Give the memory pool's free blocks back."""
     cupy.get_default_memory_pool().free_all_blocks()
