@@ -3,12 +3,12 @@ Lesson 15 · The grouped GEMM: a ladder from naive to tensor cores
 =================================================================
 
 **The question.** Nearly all the work of a mixture is one kind of product: each expert's weights times the rows that
-were sent there, groups of any size, possibly none. A GPU can multiply far faster than it can load. How must a product
+were sent there, groups of any size, possibly empty. A GPU can multiply far faster than it can load. How must a product
 be cut up so that its time is not spent on loading, and what does each cut save?
 
 tinymoe has five complete kernels for it, called rungs, in ``tinymoe/cuda/kernels/grouped_gemm/``: naive, tiles in
 shared memory, tiles in registers, tensor cores, and Hopper's way to feed them. We derive what each has to move, look at
-the lines that do it, *count* what they really move, and run them all on ragged groups against NumPy.
+the lines that do it, *count* what the first four really move, and run them all on ragged groups against NumPy.
 
 **No rung has been timed on a GPU yet.** Nothing below is a speed. What is derived and counted are operations, operands
 and bytes, which are the same on every machine; where a device's ceilings are needed, they are its datasheet's.
@@ -21,9 +21,15 @@ rows of :doc:`lesson 14 </lessons/lesson_14_dispatch_kernels>`. On paper: :doc:`
 # %%
 # Bytes and FLOPs first
 # ---------------------
-# Expert e has :math:`S_e` rows, :math:`\sum_e S_e = S = Nk`, and :math:`y_s = x_s W_e^\top` for its rows. A
-# multiply-add is 2 FLOPs, so the product takes :math:`2 S D F`, whatever the groups. It must at least load every row
-# and every weight that is used once. For a SwiGLU layer of 8x7B, three products, when every expert has work:
+# N tokens are sent to k experts each: S = N·k rows in expert order, called slots, :math:`S_e` of them expert e's. For
+# these :math:`y_s = x_s W_e^\top`, from D inputs to F outputs. One product of a fixed shape for all experts is none of
+# it, unless every group is padded to the largest; a loop with a product for each expert needs the sizes on the host,
+# and leaves most of a GPU idle where groups are small. So it is one launch for all groups, whatever their sizes.
+#
+# A multiply-add is 2 FLOPs, so the product takes :math:`2 S D F`, whatever the groups. With z bytes a number it must
+# load every row, and every weight that is used, at least once, and store the result: :math:`z (SD + E_{used} DF + SF)`
+# bytes. FLOPs over bytes is the *arithmetic intensity*; the FLOPs that a device does while it loads a byte are its
+# *ridge*. For a SwiGLU layer of 8x7B, three products, when every expert has work, and of the bytes the weights alone:
 import tempfile
 from itertools import pairwise, product
 from pathlib import Path
@@ -49,8 +55,9 @@ crossing = weights / h200.bandwidth / (flops_of_token / h200.flops)
 print(f"loading the weights takes as long as multiplying at {crossing:.0f} tokens")
 
 # %%
-# Above a thousand tokens or so the layer *could* be bound by arithmetic. Whether it is depends on how often a kernel
-# loads the same number again.
+# Above a thousand tokens or so the layer *could* be bound by arithmetic. (Rows and results add bytes: at 16384 tokens
+# storing gate, up and hidden takes as many as the weights.) Whether it is depends on how often a kernel loads the same
+# number again.
 #
 # The one formula of this lesson
 # ------------------------------
@@ -60,15 +67,15 @@ print(f"loading the weights takes as long as multiplying at {crossing:.0f} token
 # .. math:: \text{operands per multiply-add} = \frac{h + w}{h w} = \frac1h + \frac1w .
 #
 # One output alone: 2. A square tile of side 32: 1/16. The formula holds on every level: a *block's* tile says what must
-# come from global memory, and the tile of a *thread or warp* what must come from shared memory. The whole ladder is
-# larger tiles on both levels.
+# come from global memory, and the tile of a *thread or warp* what must come from shared memory. Most of
+# the ladder is larger tiles on both levels; the rest is smaller numbers, and not waiting.
 
 
 def operands(h, w):
     return 1 / h + 1 / w
 
 
-LEVELS = {  # rung: (rows, columns) of a block's tile, and of whoever multiplies
+LEVELS = {  # rung: (rows, columns) of what shares loads from memory (rung 1: nothing), and of whoever multiplies
     "1_naive": ((1, 1), None),
     "2_tiled": ((32, 32), (1, 1)),
     "3_register": ((128, 128), (8, 8)),
@@ -83,9 +90,11 @@ for name, (block, owner) in LEVELS.items():
 # Ragged groups
 # -------------
 # A tile of rows must belong to one expert, since a tile has one W. So each group is cut into tiles by itself, and its
-# last tile may be partly empty. The grid, however, is launched before the host knows the routing. The kernels take
+# last tile may be partly empty. The grid, however, is launched before the host knows the routing. Rungs 1 to 4 take
 # ``slots / height + experts + 1`` row tiles, enough for every routing (exercise 2), and each block finds out by a walk
-# over the offsets which expert's tile it is; the surplus ones have nothing to store.
+# over the offsets which expert's tile it is; the surplus ones have nothing to store. Rows that no expert owns, of
+# dropped pairs, are one group more, and become zeros. (Rung 5 has a block for each multiprocessor, which walks from
+# tile to tile.)
 groups = [140, 0, 37, 5]  # rows of four experts: the second has none
 offsets = np.concatenate([[0], np.cumsum(groups)])
 S, inner, outer = sum(groups), 64, 160
@@ -112,20 +121,24 @@ axes.set_title("Tiles of 140, 0, 37 and 5 rows: no tile has two experts, so tall
 plt.show()
 
 # %%
-# Tall tiles load less and waste more. Waste is at most one tile for an expert: at 8 experts and 8192 rows, as for 4096
-# tokens of 8x7B, tiles of 128 are 64 full ones and on average four more, 6 %. With 64 rows in all, nearly everything is
-# waste. That is why a batch should be large, and why decoding wants other kernels.
+# Tall tiles load less and waste more multiplications. Waste is at most one tile for an expert: 8192 rows, as for 4096
+# tokens of 8x7B, would be 64 full tiles of 128, and are on average 68, 6 % more. With 64 rows in all nearly everything
+# is waste, and it costs little: rows that do not exist are not loaded. With one token the layer does 1 FLOP for each
+# byte of weights, and as :math:`1/h + 1/w \ge 1` for h = 1 no tile changes that: loading the weights is the limit.
+# Decoding wants kernels that do nothing else, ``kernels/few_tokens.cu`` in the library: no tiles, each weight read
+# once.
 #
 # How to count
 # ------------
 # The emulator runs the real source, so the source can be given operands that count themselves: a type whose conversion
-# to ``float`` adds one. In rungs 1 to 3 the element type is a template parameter; shared memory needs one word
-# replaced. In rung 4 memory is touched by two instructions alone, and those are wrapped.
+# to ``float`` adds its bytes. In rungs 1 to 3 the element type is a template parameter; where shared memory is
+# declared a word is replaced. In rung 4 two instructions alone touch the operands, and those are wrapped. Stores of y
+# are counted nowhere: they are the same for all.
 COUNTERS = """#include "pack.h"
 #include "ragged.h"
 #include "tensor_core.h"
 
-// They begin at 1, since the emulator takes all that begins at 0 for shared memory.
+// They begin at 1: variables that begin at 0 lie where the emulator has its shared memory.
 static int64_t global_bytes = 1, shared_read = 1, shared_written = 1;
 __global__ void counted(int64_t *counts) {
     counts[0] = global_bytes - 1, counts[1] = shared_read - 1, counts[2] = shared_written - 1;
@@ -220,9 +233,11 @@ print(f"counted: {traffic['1_naive'][0] / 4 / products} operands from global mem
 assert traffic["1_naive"] == [4 * 2 * products, 0, 0]
 
 # %%
-# Two operands, 8 bytes of float32, for 2 FLOPs. A memory of 3.35 TB/s, which an H100's datasheet promises, would feed
-# 0.8 TFLOP/s. Caches help, and the pattern hurts: a GPU loads lines of 128 bytes, for a warp of 32 neighbours at once.
-# Here neighbours own neighbouring columns, hence rows of W that lie ``inner`` elements apart:
+# Two operands, 8 bytes of float32, for 2 FLOPs: each element of x is asked for once for every column, each weight once
+# for every row of its expert. A memory of 4.8 TB/s, which an H200's datasheet promises, would feed 1.2 TFLOP/s. Caches
+# help, since most was asked for a moment before. The pattern hurts: a warp's 32 neighbours load in one instruction, and
+# the fewer lines of 128 bytes they touch the better. Here they own neighbouring columns, hence rows of W that lie
+# ``inner`` elements apart (the lines serve the next steps as well, if the cache still has them):
 
 
 def lines_of(addresses):
@@ -246,15 +261,17 @@ print("counted:", traffic["2_tiled"], "by hand:", by_hand)
 assert traffic["2_tiled"] == by_hand
 
 # %%
-# Each row is loaded once for every *column* of tiles, each weight once for every *row* of tiles. The rest is as the
-# formula says: for 32 × 32 outputs and 32 steps 2 · 32³ operands from shared memory. Two barriers guard it: the tiles
-# are complete before anybody multiplies, and nobody multiplies any more when the next ones come. Now shared memory is
-# asked for two operands for each multiply-add, exactly what global memory was asked for on rung 1.
+# Each row is loaded once for every *column* of tiles, each weight once for every row tile *of its expert*. The rest is
+# as the formula says: for 32 × 32 outputs and 32 steps 2 · 32³ operands from shared memory. Two barriers guard it: the
+# tiles are complete before anybody multiplies, and nobody multiplies any more when the next ones come. Now shared
+# memory is asked for two operands for each multiply-add that is *executed* (tiles that are 71 % full also execute
+# those that nobody asked for), what global memory was asked for on rung 1.
 #
 # Rung 3: tiles in registers
 # --------------------------
 # The same formula, one level down. A thread owns 8 × 8 outputs, keeps their sums in registers, and loads 8 + 8 operands
-# for 64 multiply-adds.
+# for 64 multiply-adds: an eighth of the reads of shared memory. That a block of 256 threads then owns 128 × 128 outputs
+# cuts the traffic with global memory as well, to a fourth.
 show("3_register", "for (int i = 0; i < DEPTH; i++) {", "sums[r][c] +=")
 traffic["3_register"], loads = count("3_register", 8)
 tiles, columns = len(row_tiles(offsets, 128)), -(-outer // 128)
@@ -267,8 +284,9 @@ assert traffic["3_register"] == by_hand
 # Rung 4: tensor cores
 # --------------------
 # A tensor core multiplies 16 × 16 by 16 × 8 in one instruction of a warp, ``mma.sync``, bfloat16 in, float32 sums. A
-# warp's 64 × 32 outputs are 4 × 4 of these. The operands come by ``ldmatrix``, four 8 × 8 matrices at a time, and a
-# warp's loads serve all its lanes, so it is the *warp's* tile that counts in the formula. While one pair of tiles is
+# warp's 64 × 32 outputs are 4 × 4 of these. The operands come by ``ldmatrix``, four 8 × 8 matrices at a time, which
+# reads each word once for the warp and spreads it over the lanes' registers, so it is the *warp's* tile that counts in
+# the formula. While one pair of tiles is
 # multiplied, the copies of the next three are under way (``cp.async``, four stages), and token rows are gathered on the
 # way in: each copy has its own address.
 show("4_tensor_core", "for (int i = 0; i * DEPTH < inner; i++) {", "    }")
@@ -285,25 +303,28 @@ assert per_product == operands(64, 32)
 # %%
 # Rung 5: Hopper
 # --------------
-# An H100 has tensor cores that rung 4 cannot feed: ``mma.sync`` wants its operands in registers, and the instructions
-# that bring them there take their share of every cycle. Hopper's ``wgmma`` lets four warps multiply 64 × 256 × 16 with
-# both operands in shared memory, where a copy engine (TMA) puts whole boxes of a matrix at the word of one thread.
-# So nothing is left to do for all the others, and the block becomes a small factory: one *producer* asks for boxes, two
-# warpgroups of *consumers* multiply. They meet at barriers in memory, two for each of four stages. The producer:
+# ``mma.sync`` wants its operands in registers, and the instructions that bring them there should cost an H100's tensor
+# cores much of their time; that is the expectation, to be measured. Hopper's ``wgmma`` lets four warps multiply 64 ×
+# 256 × 16 with both operands in shared memory, where a copy engine (TMA) puts whole boxes of a matrix when one thread
+# asks for them. The others need not load, and the block becomes a small factory: one *producer* asks for boxes, two
+# warpgroups of
+# *consumers* multiply. They meet at barriers in memory, two for each of four stages. The producer:
 show("5_hopper", "for (int deep = 0; deep < tile.inner", "}")
 
 # %%
-# It waits until the stage is empty, says how many bytes it expects, and names the boxes. The consumers wait until those
+# It waits until the stage is empty, says how many bytes it expects, and names the boxes. A barrier's phases have
+# parities 0, 1, 0, …, and who waits names the parity of the phase whose end it needs: a stage that has never been used
+# counts as empty, hence ``^ 1``. The consumers wait until those
 # bytes have come, and hand back the stage *before*, whose products are known to be done:
 show("5_hopper", "mbarrier_wait(shared.full", "before = turn.stage")
 
 # %%
-# Nothing stands still between two tiles either: a block stays for as many as there are, and while the consumers store
-# one, the producer loads the next. What it takes for granted is that rows lie in expert order, since a box has no
-# address for each row: x is gathered once, for all products of the layer.
+# Loading does not stop between two tiles either: a block takes every so many-th tile of the grid, and while the
+# consumers store one, the producer loads the next. What it takes for granted is that rows lie in expert order, since a
+# box has no address for each row: x is gathered once, for both products that read it and for their gradients.
 #
-# Side by side. On our small groups the waste of tall tiles shows; for full tiles the formula alone is left, and that is
-# what the bars are.
+# Side by side, by the formula, for full tiles (of shared memory what is read; on rungs 4 and 5 a word counts once for
+# the warp or warpgroup that it serves).
 names, width = list(LEVELS), 0.38
 figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
 sizes = {name: 2 if RUNGS[name].only_bfloat16 else 4 for name in names}  # bytes of an operand
@@ -314,18 +335,20 @@ for shift, values, label in ((-width / 2, of_global, "global memory"), (width / 
     axes.bar_label(bars, [f"{v:.3g}" if v else "" for v in values], fontsize=8)
 axes.set(yscale="log", ylim=(0.02, 30), ylabel="bytes per multiply-add", xticks=range(5), xticklabels=names)
 axes.legend()
-axes.set_title("Every rung moves the bottleneck: bytes per multiply-add fall from 8 to 0.02 and 0.04")
+axes.set_title("By the formula: bytes per multiply-add fall from 8 to 0.02 and 0.04")
 plt.show()
 print("FLOPs per byte of global memory:", {name: 2 / value for name, value in zip(names, of_global)})
 
 # %%
 # Rung 4 does 64 FLOPs for a byte that it asks of global memory, and the datasheet's ridge is at 206. Is it lost? Blocks
 # beside each other ask for the same tiles, and the second time they come from the L2 cache, so the memory itself sees
-# less. How much less is for a GPU to measure. The last rung asks for less to begin with, 85 FLOPs a byte; exercise 1.
+# less. How much less is for a GPU to measure. From rung 3 to rung 4 the tile is the same, and the
+# step is that of float32 to bfloat16. The last rung asks for less to begin with, 85 FLOPs a byte, by a wider tile.
 #
 # What a lane holds
 # -----------------
-# A fragment is spread over the warp by a layout that the PTX manual prescribes. With g = lane / 4 and t = lane % 4, the
+# A *fragment*, what a warp holds of an operand or of the sums, is spread over its lanes by a layout that the PTX manual
+# prescribes. With g = lane / 4 and t = lane % 4, the
 # sums of a 16 × 8 product lie in rows g and g + 8, columns 2t and 2t + 1. A programmer cannot choose it; one can only
 # see to it that loads and stores fit.
 #
@@ -365,14 +388,14 @@ figure.suptitle(
 plt.show()
 
 # %%
-# Both are by arithmetic. The emulator follows the documented layouts, which no hardware has confirmed here yet, and it
-# knows no banks.
+# These pictures are computed, not observed. The emulator follows the documented layouts, which no hardware has
+# confirmed here yet, and it knows no banks.
 #
 # Checked against NumPy
 # ---------------------
-# All five through the library, in the checked build, with rows gathered from 50 tokens, as the first product of a layer
-# does. Small integers make every sum exact, so that "equal" can mean equal; rungs 4 and 5 round the result
-# to bfloat16.
+# All five through the library, in the emulator's checked build (lesson 13), with rows gathered from 50 tokens, as the
+# first product of a layer does. Small integers make every sum exact, so that "equal" can mean equal; rungs 4 and 5
+# round the result to bfloat16.
 tokens = np.random.default_rng(2).integers(0, 50, S).astype(np.int32)
 exact = in_numpy(x[tokens], w)
 for name in RUNGS:
@@ -384,15 +407,16 @@ for name in RUNGS:
     print(f"{name}: {y.shape} equal to NumPy's product per expert")
 
 # %%
-# And the fused one: a block takes the same 64 columns of w1 and of w3, so that gate and up of an element end in the
-# same thread, which computes the SwiGLU before anything is stored.
+# And the fused kernel of rung 4, for a layer's first two products: a block takes the same 64 columns of w1 and of w3,
+# so that :math:`x w_1^\top` (gate) and :math:`x w_3^\top` (up) of an element end in the same thread, which computes
+# silu(gate) · up before anything is stored. (x and the weights are divided by 4, to keep the sums in SwiGLU's range.)
 w3 = np.random.default_rng(3).integers(-2, 3, w.shape).astype(np.float32)
 with device.using("emulated"):
     bf16 = [device.array(a / 4, device.BFLOAT16) for a in (x, w, w3)]
     gate, up, hidden = grouped_swiglu(*bf16, device.array(offsets, np.int32), device.array(tokens))
 wanted = reference.swiglu(exact / 16, in_numpy(x[tokens], w3) / 16)[0]
 error = np.linalg.norm(hidden.astype(np.float32) - wanted) / np.linalg.norm(wanted)
-print(f"fused SwiGLU: relative error {error:.4f}, a bfloat16 has 8 bits")
+print(f"fused SwiGLU: relative error {error:.4f}, a bfloat16 has 8 significant bits")
 assert error < 2**-8
 
 # %%
@@ -431,7 +455,8 @@ assert broken("2_tiled", "        __syncthreads();  // nobody reads them any mor
 assert broken("4_tensor_core", "wait_for_copies<STAGES - 2>", "wait_for_copies<STAGES - 1>").kind == "in flight"
 
 # %%
-# A third mistake is one of design. Padding every group to the largest makes one batched product of a fixed shape, and
+# In the first, thread 0 has already written the next step's tile when thread 1 reads: hence "not ordered after". A
+# third mistake is one of design. Padding every group to the largest makes one batched product of a fixed shape, and
 # no walk over offsets. What it multiplies:
 print(f"padded to the largest group: {len(groups) * max(groups)} rows in place of {S}; with one expert at 90 % of 8192")
 print(f"rows and eight experts: {8 * 0.9:.1f} times the work")
@@ -440,19 +465,20 @@ print(f"rows and eight experts: {8 * 0.9:.1f} times the work")
 # Remember
 # --------
 # * Count before you code: FLOPs, bytes that must move, bytes that your tiling moves.
-# * An h × w tile needs 1/h + 1/w operands per multiply-add, on each level of memory. That one formula is the ladder.
-# * Groups are tiled one by one; a tile has one expert. The grid is sized for the worst routing, so that the host need
-#   not know the routing.
-# * Each rung moves the bottleneck: global memory, shared memory, arithmetic units, waiting.
+# * An h × w tile needs 1/h + 1/w operands per multiply-add, on each level of memory. That formula is most of the
+#   ladder.
+# * Groups are tiled one by one; a tile has one expert. The grid is sized for the worst routing, or walks
+#   from tile to tile, so that the host need not know the routing.
+# * Each rung is meant to move the bottleneck: global memory, shared memory, arithmetic units, waiting.
 # * Traffic can be counted without a GPU. Time cannot, and none of these has been timed.
 #
 # **Ask yourself.** (a) How many FLOPs is the product of 182 rows, inner 64, outer 160? (b) Why does the number of
 # groups not appear in it? (c) How often does rung 2 load each weight of an expert with 140 rows? (d) A block's tile is
-# 64 × 256: operands per multiply-add? (e) Which square tile has the same? (f) Why does rung 3 need 64 registers for a
-# thread, before any others? (g) Rung 2 has two barriers in each step, rung 4 one. Why is one enough? (h) What does a
-# block do whose tile number is beyond all groups? (i) Why may rung 4 sum in another order than rung 3, and how could we
-# demand equality all the same? (j) What would have to be measured on a GPU before one may say that rung 4 is faster
-# than rung 3?
+# 64 × 256: operands per multiply-add? (e) What side would a square tile need for the same? (f) Why does rung 3 need 64
+# registers for a thread, before any others? (g) Rung 2 has two barriers in each step, rung 4 one. Why is one enough?
+# (h) What does a block do whose tile number is beyond all groups? (i) Why may rung 4 sum in another order than rung 3,
+# and how could we demand equality all the same? (j) What would have to be measured on a GPU before one may say that
+# rung 4 is faster than rung 3?
 #
 # Exercises
 # ---------
@@ -473,9 +499,9 @@ print(f"rows and eight experts: {8 * 0.9:.1f} times the work")
 # is; (c) 140 rows are 5 tiles of 32, so five times; (d) 1/64 + 1/256 = 5/256; (e) 2/n = 5/256, n = 102.4: the side of a
 # square is the harmonic mean; (f) 8 × 8 sums; (g) the stage that is overwritten is the one that was multiplied a step
 # before, and the barrier at the step's beginning says that all are done with it; (h) its range of rows is empty: it
-# stores nothing; (i) addition of floats is not associative, and inside of one instruction the order is the hardware's;
-# with small integers every order is exact; (j) both, on the same data, in the same run, on that GPU, with results
-# compared.
+# stores nothing (a tile of rows that no expert owns stores zeros); (i) addition of floats is not associative, and
+# inside of one instruction the order is the hardware's; with small integers every order is exact; (j) both, on the
+# same data, in the same run, on that GPU, with results compared.
 assert 2 * products == 2 * 182 * 64 * 160
 
 # %%
@@ -489,8 +515,8 @@ assert 4 * (128 + 256) * 64 * 2 <= 227 * 1024 < 4 * (256 + 256) * 64 * 2
 # %%
 # 2. :math:`\lceil S_e / h \rceil \le \lfloor S_e / h \rfloor + 1`, and the floors of the parts sum to at most the floor
 #    of the sum: :math:`\lfloor S / h \rfloor + E` are enough for E experts. The rows that no expert owns (dropped
-#    pairs) are one part more, hence + 1. Without such rows the bound less one is reached when every group leaves one
-#    row over:
+#    pairs) are one part more, hence + 1. Without such rows, and with fewer experts than a tile has
+#    rows, the bound less one is reached when every group leaves one row over:
 h, E_ = 8, 4
 worst = max(sum(-(-g // h) for g in sizes_) - sum(sizes_) // h for sizes_ in product(range(10), repeat=E_))
 print("most tiles beyond S // height, of four experts:", worst)

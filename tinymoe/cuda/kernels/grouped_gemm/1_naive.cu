@@ -6,7 +6,7 @@
 //
 // Idea: none yet. Grid: a block of 32 columns x 8 rows of y per (row tile, column tile); each thread walks the inner
 // dimension alone. Per multiply-add it loads two operands: 2 FLOPs for 8 bytes of float32, all of it from the caches or
-// worse, so an H100-class card with 3.35 TB/s of memory would stop at about 1 TFLOP/s but for its caches.
+// worse, so a memory of 4.8 TB/s, an H200's by its datasheet, would feed 1.2 TFLOP/s but for the caches.
 // Neighbouring threads read neighbouring rows of W, `inner` elements apart: 32 cache lines for one warp's load.
 #include "prelude.h"
 #include "ragged.h"

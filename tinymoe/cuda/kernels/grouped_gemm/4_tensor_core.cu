@@ -1,11 +1,11 @@
-// Rung 4: tensor cores. As rung 3, but a warp multiplies 16 x 8 x 16 in one instruction, and memory is never waited for.
+// Rung 4: tensor cores. As rung 3, but a warp multiplies 16 x 8 x 16 in one instruction, and memory is asked three tiles ahead.
 //
 // Ideas:
 // * mma.sync: a warp's 64 x 32 outputs are 4 x 4 accumulators in registers; bfloat16 in, float32 sums.
 // * ldmatrix: shared memory to registers in the layout that mma.sync wants, four 8 x 8 matrices at a time, transposed on the
 //   way where the operand lies the other way round. So no weight is ever transposed in memory.
 // * cp.async in 4 stages: while one tile is multiplied, the next three are on their way, past the registers. The gather of
-//   token rows costs nothing: each copy has its own address.
+//   token rows needs no pass of its own: each copy has its own address.
 // * swizzle: the 16-byte chunks of a row are permuted by the row's number, so that the 8 rows that ldmatrix reads at once lie
 //   in different banks, without padding.
 // * fused SwiGLU: a block takes the same 64 columns of w1 and of w3, so that gate and up of an element end in one thread.

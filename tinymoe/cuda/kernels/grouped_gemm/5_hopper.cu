@@ -1,5 +1,5 @@
-// Rung 5: Hopper. As rung 4, but nobody computes an address, no operand passes through registers, and nothing stands still
-// between two tiles.
+// Rung 5: Hopper. As rung 4, but nobody computes the address of an operand, none passes through registers, and loading does
+// not stop between two tiles.
 //
 // Ideas:
 // * wgmma: four warps together multiply 64 x 256 x 16 with both operands in shared memory. A tile of 128 x 256 outputs is two
@@ -10,7 +10,7 @@
 //   memory for each stage: `full`, when all its bytes have come, and `empty`, when all consumers are done with it. The
 //   producer gives most of its registers to the consumers.
 // * persistent: a block takes tile after tile, so that the producer already loads the next one while the consumers store.
-// * order: tiles of GROUP row tiles, all columns of them, before the next: what blocks read at a time fits the L2 cache.
+// * order: tiles of GROUP row tiles, all columns of them, before the next: blocks that run at a time share what they read.
 //
 // Grid: as many blocks as the card has multiprocessors, 384 threads each. Memory sees 128 + 256 operands of 2 bytes for
 // 128 * 256 multiply-adds: 85 FLOPs per byte before the L2 cache. inner and outer are multiples of 8 (rows of 16 bytes).
@@ -69,7 +69,7 @@ __device__ __forceinline__ void load_wide(bfloat16 *tile, const TileMap &map, ui
 }
 
 // An expert's last step may be less than a stage: then the next expert's rows have come along, and zeros take their place,
-// in both operands, since infinity times zero is none.
+// in both operands, since infinity times zero is NaN.
 template <bool A_WIDE, bool B_WIDE>
 __device__ __forceinline__ void clear_from(int first, Stage &stage) {
     const int size = (DEPTH - first) * BOX;  // of the part of a box
