@@ -1,12 +1,12 @@
 r"""
-Lesson 8 · The model: 46.7 billion parameters in forty lines
-============================================================
+Lesson 8 · The model: 46.7 billion parameters in thirty lines
+=============================================================
 
 **The question.** The parts are built: norm, rotary positions, attention, router, experts. How do they make a model,
 where are its 46.7 billion parameters, and how would you notice that one of them is put together wrongly?
 
 We count first, by hand, from the ten numbers of the paper's Table 1, and set right some counts that go around. Then
-the forward pass is assembled from the components, in forty lines, and compared with :class:`tinymoe.Mixtral` to the
+the forward pass is assembled from the components, in thirty lines, and compared with :class:`tinymoe.Mixtral` to the
 last digits, on a trained model as well. Then one gradient check for every parameter. And then the assembly is broken in
 eight ways of which none raises an error.
 
@@ -80,7 +80,7 @@ claims = [
     ("8 x 7B = 56 billion", f"{total / 1e9:.1f} billion: attention, embeddings, norms and head are shared"),
     ("an expert has 7 billion", f"{n_layers * expert / 1e9:.2f} over all layers, {expert / 1e6:.0f} million in one"),
     ("the router has 100 million", f"{n_layers * router / 1e6:.2f} million, all layers together"),
-    ("attention: 200 million a layer", f"{attention / 1e6:.1f} million, since 32 heads share 8 keys and values"),
+    ("attention: 200 million a layer", f"{attention / 1e6:.1f} million; 67.1 if no keys and values were shared"),
     ("shared 11.5 billion", f"{(total - parts['experts'][0]) / 1e9:.2f}; the experts {parts['experts'][0] / 1e9:.2f}"),
     ("2 of 8 experts: 2/8 of the cost", f"{active / total:.1%} of the weights: a quarter of the experts, and the rest"),
     ("needs less memory than dense", f"{2 * total / 1e9:.1f} GB in bfloat16: memory follows total, compute active"),
@@ -91,8 +91,8 @@ cache = 2 * n_layers * n_kv_heads * head_dim * context_len * 2
 print(f"keys and values of one full context, bfloat16: {cache / 1e9:.2f} GB")
 
 # %%
-# Forty lines
-# -----------
+# Thirty lines
+# ------------
 # A block reads the **residual stream** x, a row of D numbers per token, and adds to it, twice:
 #
 # .. math:: x \leftarrow x + \mathrm{attention}(\mathrm{norm}(x)), \qquad x \leftarrow x +
@@ -289,11 +289,11 @@ assert abs(losses["window of W + 1"] - losses["right"]) < 1e-6
 # * 46.7 billion in memory, 12.9 per token; of the latter, 11.3 are the two experts of each layer.
 # * A block adds to the residual stream twice, each time from a normalised copy. Backward, the sum passes the gradient
 #   on.
-# * Forty lines assemble the model. The first loss should be ln V.
+# * Thirty lines assemble the model. The first loss should be ln V.
 # * Most wrong assemblies run, and train. Compare numbers, not shapes; and choose sizes that could show the mistake.
 #
 # **Ask yourself.** (a) Why is a router of 8 rows enough for 4096 numbers a token? (b) Which parameters would an 8x7B
-# with top-1 use per token, and how many? (c) What would tied embeddings save? (d) Where in the forty lines do two
+# with top-1 use per token, and how many? (c) What would tied embeddings save? (d) Where in the thirty lines do two
 # tokens meet? (e) Why must a check of gradients use weights that are not near zero?
 #
 # Exercises

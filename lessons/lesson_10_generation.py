@@ -47,14 +47,14 @@ def as_text(tokens):
     return bytes(list(tokens)).decode(errors="replace")
 
 
-prompt = as_tokens("def add(a, b):\n    ")
+prompt = as_tokens("def add(a, b):\n    return ")
 text = list(prompt)
 rows = 0
 for _ in range(40):
     logits = model(np.array([text]))[0, -1]  # (V,)
     rows += len(text)
     text.append(int(logits.argmax()))
-print(as_text(text))
+print(repr(as_text(text)))
 print(f"{rows} rows went through the model for 40 new bytes")
 
 # %%
@@ -69,7 +69,8 @@ print(f"{rows} rows went through the model for 40 new bytes")
 #           \qquad k_0 \ldots k_{T-1},\ v_0 \ldots v_{T-1} \text{ from the cache.}
 #
 # Keys are kept *rotated*, each by its own position. A position's rotation never changes, so it is done once.
-# Here is a step by hand, over lists of arrays; the experts' part is the library's, for a single token.
+# Here is a step by hand, over lists of arrays; the formula itself, for one query, and the experts' part are the
+# library's.
 
 
 def step(token, position, cache, rotate_at=None):
@@ -152,7 +153,8 @@ assert ratio > 1
 # → 0 the largest takes all, since :math:`e^{(\ell_i - \ell_{max})/\tau} \to 0` for the others: greedy is its limit.
 # With τ → ∞ all become equal. At τ = 1 it is what the model believes.
 #
-# A thousand bytes with a probability of :math:`10^{-5}` each would be drawn once in a hundred. So the tail is cut:
+# A thousand tokens of a large vocabulary with a probability of :math:`10^{-5}` each would together be drawn once in a
+# hundred times; among 256 bytes the tail is shorter, but it is there. So it is cut:
 # **top-k** keeps the k most probable; **top-p** the fewest that together reach p, which is one where the model is
 # sure and many where it is not. What is left is divided by its sum.
 
@@ -207,6 +209,7 @@ for temperature, top_p in ((0.0, None), (0.7, 0.9), (1.0, None), (2.0, None)):
 # again, and its place can be taken. Position p lives in slot p mod W; the newest overwrites the one that has just
 # become invisible. The slots then lie in a rotated order, which does not matter: softmax sums over a *set* of keys,
 # and each carries its position in its rotation. Memory stays bounded however long the text.
+# (Mixtral 8x7B has no window; its cache keeps growing, as counted below.)
 
 
 class Rolling:
@@ -334,8 +337,9 @@ axis.legend(fontsize=8)
 plt.show()
 
 # %%
-# All four still write something that looks like Python. The check that finds them is the one that we began with: cached
-# decoding equals the full forward, *at every position, and beyond the window*.
+# With one slot too few, or a token fed twice, the model still writes something that looks like Python; the other two
+# end in gibberish, the forgotten window only once the text is longer than it. The check that finds all four is the one
+# that we began with: cached decoding equals the full forward, *at every position, and beyond the window*.
 #
 # Remember
 # --------
