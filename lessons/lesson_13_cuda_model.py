@@ -123,14 +123,15 @@ figure.suptitle("Three schedules of four blocks: only the barrier holds in all o
 plt.show()
 
 # %%
-# A right kernel gives the same result in all schedules. That is a test, and a strong one: the emulator can run an order
-# that a GPU would choose once in a month.
+# Tickets may depend on the order; a component's result may not. So we demand the same result in all schedules. That is
+# a strong test: the emulator can run an order that a GPU would choose once in a month.
 #
 # Shared memory
 # -------------
-# Threads of a block share a small fast memory, declared ``__shared__``: at most 227 KiB for a block on a Hopper GPU,
-# empty when the block begins, gone when it ends. It is for what several threads of a block need. Global memory, where
-# the arrays are, is for everything else, and a variable like ``i`` is in the thread's own registers.
+# Threads of a block share a small fast memory, declared ``__shared__``: at most 48 KiB for a block when declared like
+# this, 227 KiB on a Hopper GPU if one asks for it, with anything in it when the block begins, gone when it ends. It is
+# for what several threads of a block need. Global memory, where the arrays are, is for everything else, and a variable
+# like ``i`` is in the thread's own registers.
 #
 # Our example is the smallest that needs a neighbour: **bigrams**, each byte together with the one before, as the number
 # 256 · before + byte. Every thread puts its byte into shared memory; behind the barrier it takes its neighbour's.
@@ -180,7 +181,8 @@ assert (run(without, "bigrams", N, order="reverse") != expected).any()
 # The **checked build** compiles the same source with a call before every load and store. The checker keeps, for each
 # cell of memory, who wrote it last and who has read it since, and for each thread, what it can know to have happened:
 # its own past, and at a barrier everybody's. An access is a **race** if another thread's access to the same cell is
-# not known to come before it, and one of the two writes. No unlucky order is needed: it is a race in every one.
+# not known to come before it, one of the two writes, and not both are atomic. No unlucky order is needed: as long as
+# the order does not change *which* cells are touched, every schedule shows it.
 
 
 def caught(launch, source, *arguments, **how):
@@ -201,8 +203,9 @@ assert (run(BIGRAMS, "bigrams", N, build="checked") == expected).all()
 # stands between. The right kernel passes.
 #
 # **The threads that leave too early.** It seems tidy to have the guard at the top. Then the last block's idle threads
-# are gone when the others come to the barrier, which waits for all. CUDA leaves undefined what happens; the emulator
-# stops, in both builds.
+# are gone when the others come to the barrier. Since Volta a GPU waits only for threads that have not returned, and
+# this kernel would run; on older ones it may hang. The emulator holds to the stricter rule, all threads of the block,
+# in both builds.
 early = BIGRAMS.replace("    if (i >= n) return;\n", "").replace(
     "    if (i < n) tile[t] = bytes[i];\n", "    if (i >= n) return;\n    tile[t] = bytes[i];\n"
 )
@@ -283,8 +286,10 @@ print(f"same bits as this tree in NumPy; {(tree[:, 0] != serial).sum()} of {N} r
 np.testing.assert_allclose(tree[:, 0], serial, rtol=1e-5)
 
 # %%
-# Not only close: the same bits, in six schedules, because the kernel fixes which sums are added to which. It is another
-# order than a single thread's, so the last bits differ from that one's. This is the contract of all kernels here: they
+# Not only close: the same bits, in three schedules and both builds, because the kernel fixes which sums are added to
+# which. (NumPy's bits as well, because the emulator rounds product and sum separately; a GPU's compiler fuses them into
+# one instruction, and the last bits are its own.) It is another order than a single thread's, so the last bits differ
+# from that one's. This is the contract of all kernels here: they
 # may add in an order of their own, but always in the same one.
 #
 # Take the barrier out of the loop, so that it stands once before it, and the checker names the loop's line:
@@ -326,10 +331,10 @@ print("the library's kernel, our sums and the reference agree")
 # Remember
 # --------
 # * A kernel is a function that every thread runs; its place in the grid is all that it knows. Guard the last block.
-# * Blocks have no order and cannot wait for each other within a launch. Threads of a block wait at a barrier, all of
-#   them, or it is an error.
-# * Two accesses to one cell, one of them a write, nothing between them that orders them: a race, even when the numbers
-#   are right. Compare numbers in several schedules, and let the checker look at the accesses.
+# * Blocks have no order and cannot wait for each other within an ordinary launch. Threads of a block wait at a barrier,
+#   all of them; here it is an error if one has left.
+# * Two accesses to one cell, one of them a write, not both atomic, nothing that orders them: a race, even when the
+#   numbers are right. Compare numbers in several schedules, and let the checker look at the accesses.
 # * A tree of fixed shape gives the same bits in every schedule.
 #
 # **Ask yourself.** (a) Which threads of the last block take part in the barrier of ``bigrams``, and why must they?
@@ -354,8 +359,9 @@ print("the library's kernel, our sums and the reference agree")
 
 # %%
 # Ask yourself: (a) all 8, since a barrier waits for every thread of the block; the five without a byte write and read
-# nothing; (b) threads 1 to 7 of each block, whose neighbour comes later; thread 0 reads global memory; (c) each block
-# has its own, and the other may not have begun or may be over; (d) 8000 threads; threads 0 and 1 add 7 squares each,
+# nothing; (b) threads 1 to 7 of each block (of the last only 1 and 2), whose neighbour comes later; thread 0 reads
+# global memory; (c) each block has its own, and the other may not have begun or may be over (Hopper's clusters, blocks
+# that are started together, are the exception); (d) 8000 threads; threads 0 and 1 add 7 squares each,
 # the others 6; (e) a fiber is not interrupted between load and store; two threads that really run at once are.
 #
 # 1. Threads 0 and 1 look beyond the tile.
@@ -425,7 +431,7 @@ assert after < N
 #    </details>
 
 # %%
-# What the lesson has compiled for itself goes again.
+# Remove what this lesson has compiled.
 folder.cleanup()
 for name in ("capitals", "tickets", "bigrams", "histogram", "squares", "trigrams"):
     for library in compiler.cache().glob(f"lesson_{name}-*.so"):

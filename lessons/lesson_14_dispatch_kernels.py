@@ -6,8 +6,8 @@ Lesson 14 · Dispatch kernels: 32 lanes that choose, vote and sort
 order of the text. On a CPU that is one stable ``argsort``. How do thousands of threads sort, none of them knowing how
 many come before it, without asking the host, and with the same result whatever runs first?
 
-The tools are those of a **warp**: 32 threads, its *lanes*, that execute instructions together and can hand each other
-registers without any memory between them. With them we choose each token's two experts, rank pairs that want the same
+The tools are those of a **warp**: 32 threads, its *lanes*, that are scheduled together and can hand each other registers
+without any memory between them. With them we choose each token's two experts, rank pairs that want the same
 expert, and place them. No kernel of this lesson has been timed on a GPU; what is checked is that they are right, in any
 order.
 
@@ -20,7 +20,9 @@ order.
 # Shuffles
 # --------
 # ``__shfl_xor_sync(mask, x, bits)`` gives a lane the ``x`` of the lane whose number differs from its own in those bits.
-# In NumPy a warp is an array of 32, and a shuffle is an index:
+# The mask names the lanes that take part (``ALL_LANES``, 32 ones), and the call waits until they have all come. It is
+# needed because, since Volta, the lanes of a warp need not run in step. In NumPy a warp is an array of 32, and a
+# shuffle is an index:
 import tempfile
 from pathlib import Path
 
@@ -154,8 +156,9 @@ print(f"token {n}: logits {coarse[n]}, winners by lane 0-7 {first[n, :8]}; exper
 assert (apart != right).any()
 
 # %%
-# In bfloat16 such ties are not rare (lesson 5, exercise 3), and the same mistake in a max-reduction that carries an
-# index is in much published code.
+# Those that go astray without a sign here agree on the first choice and fall apart over the second, of which ``first``
+# keeps no record; lane 0, which writes, is left with whichever it met. In bfloat16 such ties come in about four of a
+# thousand tokens (lesson 5, exercise 3): rare enough to pass a small test, common enough to break a long text.
 #
 # Ballots
 # -------
@@ -186,7 +189,8 @@ assert all(rank[lane] == (pairs[:lane] == pairs[lane]).sum() for lane in LANES)
 
 # %%
 # Read a word from the right: bit 0 is lane 0. ``(1 << lane) - 1`` masks the lanes before one's own, and counting the
-# bits that are left gives the rank. Eight experts take three ballots; a loop over experts would take eight.
+# bits that are left gives the rank. Eight experts take three ballots,
+# and one more for the lanes that have a pair at all; a loop over experts would take eight.
 #
 # Count, scan, scatter
 # --------------------
@@ -235,7 +239,8 @@ plt.show()
 # ---------------
 # A running sum looks serial, and is not. Let each lane add the value of the lane 1 before it, then of the one 2 before,
 # 4, 8, 16. After step i a lane has the sum of :math:`2^i` neighbours up to itself (Hillis and Steele 1986). A block's
-# 32 warps do it each, then one warp does it with the 32 warps' sums.
+# 32 warps do it each, write their totals to shared memory, and behind a barrier every warp scans the 32 totals once
+# more for itself.
 x = counts.ravel()[:32]
 scanned = x.copy()
 for by in (1, 2, 4, 8, 16):
@@ -246,7 +251,8 @@ print("32 counts summed up in 5 steps:", scanned.tolist())
 # %%
 # Checked against the library
 # ---------------------------
-# The library's three kernels take 256 pairs to a block. A thousand tokens make eight blocks, and the checked build
+# The library's three kernels take 256 pairs to a block. (Up to 64 pairs, so our line, it lets one block compare each
+# with each: a launch costs more than that.) A thousand tokens make eight blocks, and the checked build
 # would find a slot that two pairs claim. Expert 3 gets the most, experts 5 to 7 get nothing.
 many = np.stack([rng.permutation(5)[:k] for _ in range(1000)]).astype(np.int32)
 many[::2, 0] = np.where(many[::2, 1] == 3, many[::2, 0], 3)
@@ -264,17 +270,18 @@ print("1000 tokens, rows by expert:", np.diff(expected.offsets).tolist())
 # is done with all that it was given; the grids are therefore sized for the worst case before anybody knows the routing,
 # and :doc:`lesson 15 </lessons/lesson_15_grouped_gemm>` shows how the products live with that.
 #
-# What it costs: by its header 5 integers moved for each pair and 3 for each expert and block. For 4096 tokens of 8x7B:
+# What it costs: by its header 4 integers moved for each pair, and 4 for each expert and block. For 4096 tokens of 8x7B:
 pairs_of_batch = 4096 * 2
-moved = 4 * (5 * pairs_of_batch + 3 * 8 * pairs_of_batch // 256)
+moved = 4 * (4 * pairs_of_batch + 4 * 8 * pairs_of_batch // 256)
 rows = 2 * 2 * pairs_of_batch * 4096  # bfloat16, read and written
 print(f"the sort moves {moved / 1e3:.0f} kB; a copy of the rows {rows / 1e6:.0f} MB, {rows / moved:.0f} times as much")
 
 # %%
 # Broken on purpose
 # -----------------
-# **1. The slot by atomics.** Why count and scan, when each expert could have a counter that hands out slots? One
-# launch:
+# **1. The rank by atomics.** Where each expert begins has to be counted in any case (``expected.offsets``, here lent by
+# the reference). But why count for each block, and rank by ballots, when a counter for each expert could hand out the
+# slots from there on?
 TICKETS = """#include "prelude.h"
 
 __global__ void hand_out(const int *experts, int *next, int *tokens, int pairs, int k) {
@@ -301,8 +308,8 @@ assert len(results) > 1
 
 # %%
 # It is a correct partition, and not even a race: the checker has nothing to object to. But it is another order each
-# time, float sums depend on their order, and two runs with the same seed are no longer the same run. What the
-# other way's two extra launches buy is that bits can be compared, as the tests of these kernels do.
+# time, float sums depend on their order, and two runs with the same seed are no longer the same run. What counts
+# for each block and ballots buy is that bits can be compared, as the tests of these kernels do.
 #
 # **2. A barrier less.** The count begins by zeroing its counters in shared memory. Take the barrier behind that away:
 source = (device.KERNELS / "dispatch.cu").read_text()
@@ -319,9 +326,12 @@ print(caught)
 assert caught.kind in ("race", "uninitialised")
 
 # %%
+# Thread 0 has zeroed counter 0 only, and adds to that of expert 3, byte 12, before thread 3 has. In another order the
+# zero would come *after* a count, and erase it.
+#
 # Remember
 # --------
-# * Lanes of a warp exchange registers by shuffles, and vote by ballots, with no memory and no barrier.
+# * Lanes of a warp exchange registers by shuffles, and vote by ballots, with no memory and no barrier of the block.
 # * A tree of ``xor`` shuffles gives the result to all lanes, if the operation does not depend on which side is its own.
 #   For "the better of two" that takes a rule for ties.
 # * A stable sort by a small key is count, scan, scatter. With counts laid out (E, blocks) one running sum places all.
@@ -382,7 +392,7 @@ assert ballots == 1 + 7
 #    </details>
 
 # %%
-# What the lesson has compiled for itself goes again.
+# Remove what this lesson has compiled.
 folder.cleanup()
 for name in ("top_two", "hand_out", "dispatch_count"):
     for library in compiler.cache().glob(f"lesson_{name}-*.so"):

@@ -535,7 +535,7 @@ assert np.bincount(lane * 33 % 32).max() == 1
 #    </details>
 
 # %%
-# What the lesson has compiled for itself goes again.
+# Remove what this lesson has compiled.
 folder.cleanup()
 for library in [*compiler.cache().glob("lesson_count_*.so"), *compiler.cache().glob("lesson_broken_*.so")]:
     library.unlink(missing_ok=True)
