@@ -6,8 +6,8 @@ Lesson 14 · Dispatch kernels: 32 lanes that choose, vote and sort
 order of the text. On a CPU that is one stable ``argsort``. How do thousands of threads sort, none of them knowing how
 many come before it, without asking the host, and with the same result whatever runs first?
 
-The tools are those of a **warp**: 32 threads, its *lanes*, that are scheduled together and can hand each other registers
-without any memory between them. With them we choose each token's two experts, rank pairs that want the same
+The tools are those of a **warp**: 32 threads, its *lanes*, that are scheduled together and can hand each other
+registers without any memory between them. With them we choose each token's two experts, rank pairs that want the same
 expert, and place them. No kernel of this lesson has been timed on a GPU; what is checked is that they are right, in any
 order.
 
