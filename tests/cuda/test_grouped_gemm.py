@@ -110,12 +110,13 @@ def test_a_pipeline_goes_from_tile_to_tile(where, order):
     check(where, "5_hopper", offsets, offsets[-1], 328, 136, True, device.BFLOAT16, order, rng)
 
 
+@pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("where", EVERYWHERE)
-def test_infinity_of_an_expert_reaches_no_other_and_meets_no_zero(where, rung):
+def test_infinity_of_an_expert_reaches_no_other_and_meets_no_zero(where, rung, odd):
     inner, outer = {"4_tensor_core": (40, 24), "5_hopper": (256, 128)}.get(rung, (37, 21))
     dtype = device.BFLOAT16 if rung in NARROW else np.float32
-    offsets, infinite = np.array([0, 4, 74, 77, 79], np.int32), np.array([False, True, False, True])
+    offsets, infinite = np.array([0, 4, 74, 77, 79], np.int32), np.array([odd, not odd] * 2)
     slots, in_slots = 82, np.concatenate([np.repeat(infinite, np.diff(offsets)), [True] * 3])  # nobody owns the last
     x, dy, w = np.ones((slots, inner)), np.ones((slots, outer)), np.ones((4, outer, inner))
     x[in_slots], dy[in_slots], w[infinite] = np.inf, np.inf, np.inf

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(THREADS)
         float loaded[VECTOR];
         load(dy + (size_t)min(slot, end - 1) * outer + row, slot < end ? outer - row : 0, outer % VECTOR == 0, loaded);
         for (int j = 0; j < VECTOR; j++) tiles.a[down][across + j] = loaded[j];
-        load(x + (size_t)max(from, 0) * inner + column, from >= 0 ? inner - column : 0, inner % VECTOR == 0, loaded);
+        load(x + (int64_t)from * inner + column, from >= 0 ? inner - column : 0, inner % VECTOR == 0, loaded);
         for (int j = 0; j < VECTOR; j++) tiles.b[down][across + j] = loaded[j];
         __syncthreads();  // both tiles are complete
         multiply(tiles, sums);
