@@ -26,10 +26,11 @@ def test_each_output_has_a_row_of_the_weight():
     np.testing.assert_array_equal(y, [[21, 43, 65]])
 
 
-@pytest.mark.parametrize("one_core", [module.ONE_CORE, 1], ids=["small", "large"])
+@pytest.mark.parametrize("block", [module.BLOCK, 10, 1], ids=["small", "large", "a row is a block"])
 @pytest.mark.parametrize("N", [2, 7])
-def test_one_row_alone_equals_the_row_among_others(N, one_core, monkeypatch):
-    monkeypatch.setattr(module, "ONE_CORE", one_core)
+def test_one_row_alone_equals_the_row_among_others(N, block, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "FEW_ROWS", 7)
     x, w = np.random.default_rng(0).standard_normal((2, 7, 5))
     y, _ = linear(x[:N], w)
     for n in range(N):

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 Array = np.ndarray
-ONE_CORE = 2**18  # elements of a matrix; with fewer, a second core costs more than it saves
-FEW_ROWS, LARGE = 32, 2**16  # rows of x, elements of w
+FEW_ROWS, BLOCK = 6, 2**19  # rows of x; elements of w: what two cores' caches hold and BLAS cuts over the cores
+SOME_ROWS, LARGE = 32, 2**16  # rows of x, elements of w
 
 
 class LinearSaved(NamedTuple):
@@ -45,14 +45,21 @@ def linear_backward(dy: Array, saved: LinearSaved) -> tuple[Array, Array]:
 def matmul_transposed(x: Array, w: Array, out: Array | None = None) -> Array:
     """Return x wᵀ, written to ``out`` if given.
 
-    One row is a matrix–vector product, bound by reading w: dot products row by row stream it fastest on one core, and
-    a large one is worth BLAS's threads. For a few rows OpenBLAS is up to twice as fast at (w xᵀ)ᵀ, the same sums, as at
-    x wᵀ; for many there is no difference.
+    One row is a matrix–vector product, bound by reading w. So are a few rows, but BLAS's matrix product copies w first:
+    when w is large it is faster to take blocks of w that stay in the cores' caches, and with each the rows one by one.
+    For some more rows, or a smaller w, OpenBLAS is up to twice as fast at (w xᵀ)ᵀ, the same sums, as at x wᵀ.
     """
     rows = len(x)
-    if rows == 1 and w.size < ONE_CORE:
-        return np.vecdot(w, x, out=None if out is None else out[0])[None]  # (1, D_out)
-    if 1 < rows <= FEW_ROWS and w.size >= LARGE:
+    if rows == 1:
+        return np.dot(w, x[0], None if out is None else out[0])[None]  # (1, D_out)
+    if rows <= FEW_ROWS and w.size >= BLOCK:
+        y = np.empty((rows, len(w)), np.result_type(x, w)) if out is None else out
+        for start in range(0, len(w), step := max(1, BLOCK // w.shape[1])):
+            block = slice(start, start + step)
+            for row in range(rows):
+                np.dot(w[block], x[row], y[row, block])
+        return y
+    if 1 < rows <= SOME_ROWS and w.size >= LARGE:
         y = np.matmul(w, x.T).T
         if out is None:
             return np.ascontiguousarray(y)

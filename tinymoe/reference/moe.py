@@ -13,7 +13,7 @@ from tinymoe.reference.dispatch import (
     gather,
     gather_backward,
 )
-from tinymoe.reference.experts import ExpertsSaved, expert_ffn, expert_ffn_backward, ffn
+from tinymoe.reference.experts import ExpertsSaved, expert_ffn, expert_ffn_backward, swiglu
 from tinymoe.reference.router import RouteSaved, Routing, route, route_backward
 
 Array = np.ndarray
@@ -98,12 +98,17 @@ def moe_backward(dy: Array, dlogits: Array | None, saved: MoESaved) -> tuple[Arr
 def moe_decode(x: Array, w_gate: Array, w1: Array, w2: Array, w3: Array, top_k: int) -> tuple[Array, MoEDecoded]:
     """Compute `moe` of a single token (1, D), bit for bit: its k experts one after the other, with nothing to sort."""
     routing, _ = route(x, w_gate, top_k)
-    outs = [ffn(x, w1[e], w2[e], w3[e])[0] for e in routing.experts[0].tolist()]
-    y = outs[0] * routing.weights[0, 0]
-    for out, weight in zip(outs[1:], routing.weights[0, 1:]):
-        out *= weight
-        y += out
-    return y, MoEDecoded(routing)
+    experts = routing.experts[0].tolist()
+    gate, up = np.empty((2, top_k, w1.shape[1]), x.dtype)  # (k, F) each: a row per expert, as below
+    out = np.empty((top_k, x.shape[1]), x.dtype)
+    for e, of_gate, of_up in zip(experts, gate, up):
+        np.dot(w1[e], x[0], of_gate)
+        np.dot(w3[e], x[0], of_up)
+    hidden, _ = swiglu(gate, up)
+    for e, of_hidden, of_out in zip(experts, hidden, out):
+        np.dot(w2[e], of_hidden, of_out)
+    out *= routing.weights.T
+    return out.sum(axis=0, keepdims=True), MoEDecoded(routing)
 
 
 def moe_naive(x: Array, w_gate: Array, w1: Array, w2: Array, w3: Array, top_k: int) -> Array:
