@@ -33,7 +33,7 @@ def drawn_config(rng):
         norm_eps=float(10 ** rng.uniform(-6, -2)),
         sliding_window=int(rng.integers(1, 20)) if rng.random() < 0.5 else None,
         tie_embeddings=bool(rng.random() < 0.3),
-        aux_loss_coef=0.01 if dense else float(rng.uniform(0, 0.1)),
+        aux_loss_coef=MixtralConfig.aux_loss_coef if dense else float(rng.uniform(0, 0.1)),
     )
 
 
