@@ -121,8 +121,7 @@ class Decoder:
     def _moe(self, layer: int, draws: Draws | None = None, few: bool = False) -> Any:
         """Return a layer's mixture, or None where it has no experts.
 
-        Noise and capacity are for training, which is where there are draws. ``few``: the form for decoding, which on
-        the reference takes one token.
+        Noise and capacity are for training, which is where there are draws. ``few``: the kernels for few tokens.
         """
         config = self.config
         if not config.has_experts(layer):

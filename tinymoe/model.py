@@ -3,12 +3,13 @@
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from tinymoe import workers
-from tinymoe.balance import Draws
+from tinymoe.balance import Draws, is_plain
 from tinymoe.cache import KVCache
 from tinymoe.checks import (
     Params,
@@ -153,7 +154,6 @@ class Mixtral(Decoder):
         """Return an empty cache for a sequence of up to so many tokens."""
         return KVCache(self.config, capacity, self.dtype, self.ops.device.empty if self.backend == "cuda" else np.empty)
 
-    @workers.kept_memory()
     def extend(self, sequences: list[Array], caches: list[KVCache]) -> tuple[Array, list[Array]]:
         """Feed new tokens to sequences whose past is in their caches, one cache each, which grow by them.
 
@@ -176,7 +176,38 @@ class Mixtral(Decoder):
         """
         packed = np.concatenate(sequences)  # (N,)
         check_tokens(packed, self.config.vocab_size)
-        ends = np.cumsum([len(tokens) for tokens in sequences])
+        if len(packed) == 1 and self.backend == "reference" and is_plain(self.config):
+            return self._decode(packed, caches[0])
+        return self._extend(packed, sequences, caches)
+
+    def _decode(self, token: Array, cache: KVCache) -> tuple[Array, list[Array]]:
+        """Do what `extend` does for one token, on vectors."""
+        config, ops, chosen = self.config, self.ops, []
+        x = ops.embedding(token, self.params["tok_embeddings"])[0][0]  # (D,)
+        rotation = self._rotation(np.array([cache.length]))
+        for layer in range(config.n_layers):
+
+            def weights(name: str, layer: int = layer) -> Array:
+                return self.params[f"layers.{layer}.{name}"]
+
+            def attend(q: Array, k: Array, v: Array, layer: int = layer) -> Array:
+                return ops.attention_decode(q, *cache.update(layer, k, v))
+
+            top_k = config.top_k_experts if config.has_experts(layer) else 0
+            try:
+                x, experts = ops.block_decode(x, weights, rotation, attend, config.norm_eps, top_k)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"layer {layer}: {error}") from None
+            if experts is not None:
+                chosen.append(experts[None])
+        cache.advance(1)
+        x, _ = ops.rmsnorm(x[None], self.params["norm"], config.norm_eps)
+        return ops.linear(x, self._head())[0], chosen
+
+    @workers.kept_memory()
+    def _extend(self, packed: Array, sequences: list[Array], caches: list[KVCache]) -> tuple[Array, list[Array]]:
+        """Do what `extend` does: ``packed`` are its sequences one after the other."""
+        ends = list(accumulate(len(tokens) for tokens in sequences))
         rows = [slice(end - len(tokens), end) for end, tokens in zip(ends, sequences)]
         positions = np.concatenate([np.arange(c.length, c.length + len(s)) for s, c in zip(sequences, caches)])
 
@@ -195,12 +226,12 @@ class Mixtral(Decoder):
         rotation = self._rotation(positions)
         blocks = []
         for layer in range(self.config.n_layers):
-            moe = self._moe(layer, few=len(positions) == 1 or self.backend == "cuda")
-            x, saved = self._block(layer, x, (1, len(positions)), rotation, partial(attend, layer), moe)
+            moe = self._moe(layer, few=self.backend == "cuda")
+            x, saved = self._block(layer, x, (1, len(packed)), rotation, partial(attend, layer), moe)
             blocks.append(saved)
         for tokens, cache in zip(sequences, caches):
             cache.advance(len(tokens))
-        x, _ = self.ops.rmsnorm(x[self.place(ends - 1)], self.params["norm"], self.config.norm_eps)
+        x, _ = self.ops.rmsnorm(x[self.place(np.array(ends) - 1)], self.params["norm"], self.config.norm_eps)
         logits = self.host(self.ops.linear(x, self._head())[0])  # the first that a device is waited for
         self._check_finite(blocks)
         return logits, [self.host(blocks[layer].ffn.routing.experts) for layer in self.config.moe_layers]

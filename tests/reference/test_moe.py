@@ -63,16 +63,18 @@ def test_grouped_equals_the_loop_over_tokens(drawn):
     assert_close(y, moe_naive(*arrays, k), 1e-13)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("dtype", "tol"), [("float32", 1e-5), ("float64", 1e-13)])
 @given(moe_inputs())
-def test_decoding_one_token_equals_the_grouped_form_bit_for_bit(dtype, drawn):
+def test_decoding_one_token_equals_the_grouped_form(dtype, tol, drawn):
     (x, *weights), k, _ = drawn
     x, weights = x.astype(dtype), [w.astype(dtype) for w in weights]
     for token in np.split(x, len(x)):
         (y, decoded), (expected, saved) = moe_decode(token, *weights, k), moe(token, *weights, k)
         assert y.dtype == dtype
-        np.testing.assert_array_equal(y, expected)
-        assert all(map(np.array_equal, decoded.routing, saved.routing))
+        assert_close(y, expected, tol)
+        np.testing.assert_array_equal(decoded.routing.experts, saved.routing.experts)
+        assert_close(decoded.routing.weights, saved.routing.weights, tol)
+        assert_close(decoded.routing.logits, saved.routing.logits, tol)
 
 
 @given(moe_inputs())

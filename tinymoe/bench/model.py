@@ -16,7 +16,6 @@ from tinymoe.errors import InputError
 from tinymoe.generation import generate
 from tinymoe.model import Mixtral
 from tinymoe.reference import AdamW, moe, moe_naive
-from tinymoe.reference.linear import matmul_transposed
 
 Array = np.ndarray
 SHAPES: dict[str, tuple[dict[str, int], tuple[int, int]]] = {  # name -> config, (B, T)
@@ -164,7 +163,7 @@ def _bare_decode(model: Mixtral) -> Callable[[], None]:
     """
     rng, k = np.random.default_rng(0), model.config.top_k_experts
     weights = [w for name, w in model.params.items() if w.ndim > 1 and name != "tok_embeddings"]
-    rows = {w.shape[-1]: np.ones((1, w.shape[-1]), np.float32) for w in weights}
+    vectors = {w.shape[-1]: np.ones(w.shape[-1], np.float32) for w in weights}
     matrices = []
     for _ in range(NEW):
         for w in weights:
@@ -172,7 +171,7 @@ def _bare_decode(model: Mixtral) -> Callable[[], None]:
 
     def run() -> None:
         for w in matrices:
-            matmul_transposed(rows[w.shape[1]], w)
+            np.dot(w, vectors[w.shape[1]])
 
     return run
 

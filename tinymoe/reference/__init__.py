@@ -14,6 +14,7 @@ from tinymoe.reference.balance import (
     z_loss,
     z_loss_backward,
 )
+from tinymoe.reference.decode import block_decode
 from tinymoe.reference.dispatch import combine, combine_backward, dispatch, drop_overflow, gather, gather_backward
 from tinymoe.reference.embedding import embedding, embedding_backward
 from tinymoe.reference.experts import expert_ffn, expert_ffn_backward, ffn, ffn_backward, swiglu, swiglu_backward
@@ -41,6 +42,7 @@ __all__ = [
     "attention_backward",
     "attention_decode",
     "attention_plain",
+    "block_decode",
     "combine",
     "combine_backward",
     "cross_entropy",

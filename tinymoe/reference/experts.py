@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinymoe.reference.linear import matmul_transposed
+from tinymoe.reference.linear import matmul_transposed, matvec
 
 Array = np.ndarray
 
@@ -93,6 +93,12 @@ def ffn_backward(dout: Array, saved: FFNSaved) -> tuple[Array, Array, Array, Arr
     dx = dgate @ w1
     dx += dup @ w3
     return dx, dgate.T @ x, dout.T @ hidden, dup.T @ x
+
+
+def ffn_decode(x: Array, w1: Array, w2: Array, w3: Array) -> Array:
+    """Compute `ffn` of one row x (D,) in few calls, with silu(z) = z/2 · (1 + tanh(z/2))."""
+    half = matvec(w1, x) * 0.5  # (F,)
+    return matvec(w2, half * (1 + np.tanh(half)) * matvec(w3, x))
 
 
 def expert_ffn(x: Array, w1: Array, w2: Array, w3: Array, offsets: list[int]) -> tuple[Array, ExpertsSaved]:

@@ -13,8 +13,10 @@ from tinymoe.reference.dispatch import (
     gather,
     gather_backward,
 )
-from tinymoe.reference.experts import ExpertsSaved, expert_ffn, expert_ffn_backward, swiglu
+from tinymoe.reference.experts import ExpertsSaved, expert_ffn, expert_ffn_backward, ffn_decode
+from tinymoe.reference.linear import matvec
 from tinymoe.reference.router import RouteSaved, Routing, route, route_backward
+from tinymoe.reference.softmax import softmax
 
 Array = np.ndarray
 
@@ -96,19 +98,17 @@ def moe_backward(dy: Array, dlogits: Array | None, saved: MoESaved) -> tuple[Arr
 
 
 def moe_decode(x: Array, w_gate: Array, w1: Array, w2: Array, w3: Array, top_k: int) -> tuple[Array, MoEDecoded]:
-    """Compute `moe` of a single token (1, D), bit for bit: its k experts one after the other, with nothing to sort."""
-    routing, _ = route(x, w_gate, top_k)
-    experts = routing.experts[0].tolist()
-    gate, up = np.empty((2, top_k, w1.shape[1]), x.dtype)  # (k, F) each: a row per expert, as below
-    out = np.empty((top_k, x.shape[1]), x.dtype)
-    for e, of_gate, of_up in zip(experts, gate, up):
-        np.dot(w1[e], x[0], of_gate)
-        np.dot(w3[e], x[0], of_up)
-    hidden, _ = swiglu(gate, up)
-    for e, of_hidden, of_out in zip(experts, hidden, out):
-        np.dot(w2[e], of_hidden, of_out)
-    out *= routing.weights.T
-    return out.sum(axis=0, keepdims=True), MoEDecoded(routing)
+    """Compute `moe` of a single token (1, D): its k experts one after the other, with nothing to sort.
+
+    The weights are the softmax over the k chosen logits, as section 2.1 writes it and with the numbers of `route`.
+    """
+    logits = matvec(w_gate, x[0])  # (E,)
+    if not np.isfinite(logits).all():
+        raise FloatingPointError("the router's logits are not finite")
+    experts = (-logits).argsort(kind="stable")[:top_k]
+    weights = softmax(logits[experts])
+    outs = [ffn_decode(x[0], w1[e], w2[e], w3[e]) for e in experts.tolist()]
+    return np.dot(weights, outs)[None], MoEDecoded(Routing(weights[None], experts[None], logits[None]))
 
 
 def moe_naive(x: Array, w_gate: Array, w1: Array, w2: Array, w3: Array, top_k: int) -> Array:

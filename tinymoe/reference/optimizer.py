@@ -7,7 +7,7 @@ import numpy as np
 from tinymoe.workers import run, usable_cores
 
 Array = np.ndarray
-CHUNK = 262144  # elements: few enough to stay in the cache, so many that threads seldom wait for the interpreter
+CHUNK = 131072  # elements: few enough to stay in the cache, so many that threads seldom wait for the interpreter
 
 
 def adamw(

@@ -38,7 +38,7 @@ def rmsnorm(x: Array, weight: Array, eps: float) -> tuple[Array, RMSNormSaved]:
     -----
     Zhang and Sennrich 2019 (arXiv 1910.07467); there is no mean to subtract and no bias.
     """
-    inverse_rms = (np.vecdot(x, x)[:, None] / x.shape[1] + eps) ** -0.5  # (N, 1)
+    inverse_rms = 1 / np.sqrt(np.vecdot(x, x)[:, None] / x.shape[1] + eps)  # (N, 1)
     x_hat = x * inverse_rms
     return x_hat * weight, RMSNormSaved(x_hat, inverse_rms, weight)
 

@@ -32,13 +32,13 @@ def rope_table(positions: Array, head_dim: int, theta: float, dtype: np.dtype) -
     rotation
         (T, K/2), complex, of the precision of ``dtype``.
     """
-    rotation = np.exp(1j * np.multiply.outer(positions, _frequencies(head_dim, theta)))  # (T, K/2)
+    rotation = np.exp(positions[:, None] * _exponents(head_dim, theta))  # (T, K/2)
     return rotation.astype(np.complex64 if np.dtype(dtype) == np.float32 else np.complex128)
 
 
 @functools.cache
-def _frequencies(head_dim: int, theta: float) -> Array:
-    return theta ** (-np.arange(0, head_dim, 2) / head_dim)  # (K/2,)
+def _exponents(head_dim: int, theta: float) -> Array:
+    return 1j * theta ** (-np.arange(0, head_dim, 2) / head_dim)  # (K/2,)
 
 
 def rope(x: Array, rotation: Array) -> tuple[Array, RopeSaved]:

@@ -180,4 +180,4 @@ def _probabilities(logits: Array) -> Array:
 
 def top_k_ids(scores: Array, top_k: int) -> Array:
     """Return the columns (N, k) of the k largest scores of each row, largest first, ties to the lowest column."""
-    return np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+    return (-scores).argsort(axis=1, kind="stable")[:, :top_k]
