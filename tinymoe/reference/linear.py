@@ -49,7 +49,7 @@ def matvec(w: Array, x: Array) -> Array:
     """Return w x, (D_out, D_in) · (D_in,) → (D_out,): bound by reading w, which two cores do twice as fast as one.
 
     OpenBLAS leaves a real product with fewer than 460,800 elements of w to one core, but cuts a complex one from 4,096
-    on. With neighbours as real and imaginary part, w x is the real part of w conj(x). Where w x is infinite this is NaN.
+    on. With neighbours as real and imaginary part, w x is the real part of w conj(x). An infinite w x becomes NaN.
     """
     if SPLIT <= w.size < BLOCK and x.size % 2 == 0 and w.flags.c_contiguous and x.flags.c_contiguous:
         pairs = np.complex64 if w.dtype == np.float32 else np.complex128
