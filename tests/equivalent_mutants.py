@@ -68,6 +68,11 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "for(intfirst=0;first<=E;first+=TILE){": "one more tile, of no expert",
         "if(first+t>E)break;": "one more sum, of zeros, in a place of no expert",
     },
+    "linear.cu": {
+        "if(column>outer)return;": "a warp beyond the last row stores nothing",
+        "for(intfirst=0;first<=N;first+=MOST){": "one more pass, of no rows",
+        "for(intr=0;r<=MOST;r++){": "count is at most MOST, and ends it",
+    },
     "ragged.h": {
         "for(inte=0;e<=experts;e++)tiles+=((e+1<experts?": "a tile too many has nothing to do",
     },

@@ -42,7 +42,7 @@ class Step:
         (L, k): the layers that have experts, and how many ids a token gets in each.
     forward
         Takes the components that it is to use, token ids (N,), rotation (N, K/2, 2), and
-        attend(layer, q, k, v) → (o, None); launches a forward pass and returns logits (N, V) and a `Routing` of each
+        attend(layer, q, k, v) → (o, None); launches a forward pass and returns logits (N, V) and the routing of each
         layer that has experts.
     params
         The arrays that it reads.
@@ -102,7 +102,7 @@ class Step:
         return self.graph()
 
     def launch(self) -> tuple[Any, Any, Any]:
-        """Launch the step without a graph; see `__call__`, whose input is already there."""
+        """Launch the step without a graph, for the tokens and positions of the last call; the results are a call's."""
         rotation = gather_rows(self.rotations, self.positions)  # (N, K)
         logits, routings = self.forward(self.tokens, rotation.reshape(len(rotation), -1, 2), self._attend)
         for layer, routing in enumerate(routings):
@@ -132,8 +132,8 @@ def store(k: Any, v: Any, keys: Any, values: Any, positions: Any, slots: Any) ->
 def components(N: int) -> SimpleNamespace:
     """Return the components of a block for N rows, in forms that a graph can hold.
 
-    CuPy records no cuBLAS, and no copy from the host: so `linear` is by `linear_few`, and a feed-forward without a
-    router is that of an expert which has all rows, by a plan that lies on the device already.
+    CuPy records no cuBLAS, and no copy from the host: so the linear map is by a kernel of ours, and a feed-forward
+    without a router is that of an expert which has all rows, by a plan that lies on the device already.
     """
     rows = np.arange(N, dtype=np.int32)
     whole = Plan(device.array(rows), device.array([0, N], np.int32), device.array(rows[:, None]))
