@@ -244,7 +244,7 @@ def test_other_caches_and_another_order_are_recorded_anew(where, recordings):
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)
-def test_parameters_that_were_replaced_are_read(where):
+def test_parameters_that_were_replaced_are_recorded_anew(where, recordings):
     with running(where, IN_ORDER):
         model, token = make_model(CONFIG), [np.array([3])]
         (cache,), _ = written(model, make_texts([9]))
@@ -253,6 +253,7 @@ def test_parameters_that_were_replaced_are_read(where):
         cache.length -= 1  # the same token again
         after, _ = model.extend(token, [cache])
         np.testing.assert_array_equal(after, 2 * before)
+        assert recordings == [1, 1]
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)

@@ -64,7 +64,7 @@ class Step:
         self.params, self.forward = list(params), partial(forward, components(N))
         self.graph: Graph | None = None
         for cache in caches:
-            cache.step = None  # which gives its arrays back one by one as these are made
+            cache.step = None  # a step before gives its arrays back one by one, as these are made
         self.keys, self.values = [], []  # of each layer (N, slots, G, K)
         for layer in range(len(caches[0].keys)):
             self.keys.append(_joined([cache.keys for cache in caches], layer))
