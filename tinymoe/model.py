@@ -158,7 +158,8 @@ class Mixtral(Decoder):
         """Feed new tokens to sequences whose past is in their caches, one cache each, which grow by them.
 
         The sequences may differ in length, past and new: their rows are packed one after the other, without padding,
-        and only attention looks at each apart. On the CUDA backend one new token of each is a `tinymoe.cuda.decode.Step`.
+        and only attention looks at each apart. On the CUDA backend one new token of each is a step that is recorded and
+        then repeated, `tinymoe.cuda.decode.Step`.
 
         Parameters
         ----------

@@ -37,6 +37,8 @@ KINDS = {
     "expert choice": replace(CONFIG, expert_choice=True),
 }
 every_kind = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+ALONE = {name: config for name, config in KINDS.items() if not config.expert_choice}  # else they compete
+tokens_choose = pytest.mark.parametrize("config", ALONE.values(), ids=ALONE)
 every_dtype = pytest.mark.parametrize("dtype", [np.float32, device.BFLOAT16], ids=["float32", "bfloat16"])
 
 
@@ -82,7 +84,7 @@ def conversations(draw):
     texts = draw(st.lists(st.integers(1, longest), min_size=1, max_size=3))
     left, rounds = dict(enumerate(texts)), []
     while left:
-        fed = draw(st.lists(st.sampled_from(sorted(left)), min_size=1, unique=True))
+        fed = draw(st.just(sorted(left)) | st.lists(st.sampled_from(sorted(left)), min_size=1, unique=True))
         many = draw(st.sampled_from([1, 1, 1, 4]))
         rounds.append({i: min(many, left[i]) for i in fed})
         left = {i: n - rounds[-1].get(i, 0) for i, n in left.items() if n > rounds[-1].get(i, 0)}
@@ -137,9 +139,7 @@ def test_a_step_gives_what_a_launch_for_each_sequence_gives(where, config, dtype
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)
-@pytest.mark.parametrize(
-    "config", list(KINDS.values())[:-1], ids=list(KINDS)[:-1]
-)  # where experts choose, texts compete
+@tokens_choose
 def test_a_text_has_the_same_bits_alone_in_a_batch_and_in_a_longer_cache(where, config):
     texts = make_texts([9, 17, 12])
     with running(where, Order("shuffled", 0, 0)):
