@@ -8,7 +8,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "for(intc=0;c<=HEAD/WARP;c++)": "columns from HEAD on are beyond K, and not stored",
         "for(ints=begin_key;s<=end_key;s+=TILE){": "one more tile, hidden",
         "for(intt=begin_query;t<=end_query;t+=TILE){": "one more tile, hidden",
-        "for(ints=split*split_keys;s<=end_key;s+=TILE){": "one more tile, hidden",
+        "if(begin_key>seen)return;": "a split of no keys, which nobody reads",
     },
     "2_tiled.cu": {
         "for(intslot=offsets[e]+ty;slot-ty<=end;slot+=TILE){": "one more tile, of zeros",
@@ -67,6 +67,11 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "for(inti=0;i<=HELD;i++)": "one more bit, which nobody reads, or no expert's place",
         "for(intfirst=0;first<=E;first+=TILE){": "one more tile, of no expert",
         "if(first+t>E)break;": "one more sum, of zeros, in a place of no expert",
+    },
+    "linear.cu": {
+        "if(column>outer)return;": "a warp beyond the last row stores nothing",
+        "for(intfirst=0;first<=N;first+=MOST){": "one more pass, of no rows",
+        "for(intr=0;r<=MOST;r++){": "count is at most MOST, and ends it",
     },
     "ragged.h": {
         "for(inte=0;e<=experts;e++)tiles+=((e+1<experts?": "a tile too many has nothing to do",

@@ -32,6 +32,8 @@ class KVCache:
     ----------
     length
         Tokens seen so far, which is also the position of the next.
+    step, row
+        The recorded step of decoding of which this cache is a row, and which; None without one.
     """
 
     def __init__(self, config: MixtralConfig, capacity: int, dtype: Any = "float32", empty: Any = np.empty):
@@ -41,6 +43,8 @@ class KVCache:
         self.keys = [empty(shape, dtype) for _ in range(config.n_layers)]
         self.values = [empty(shape, dtype) for _ in range(config.n_layers)]
         self.length = 0
+        self.step: Any = None
+        self.row: int | None = None
 
     def update(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Store the next T positions of a layer and return all keys and values that they may see.
@@ -59,8 +63,7 @@ class KVCache:
             query sees all that is returned.
         """
         new, start = k.shape[1], self.length
-        if start + new > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} positions; {start + new} were asked for")
+        self.check_room(new)
         keys, values = self.keys[layer], self.values[layer]
         if new == 1:
             keys[:, start % self.slots] = k[:, 0]
@@ -74,6 +77,11 @@ class KVCache:
         keys[:, kept % self.slots] = k[:, kept - start]
         values[:, kept % self.slots] = v[:, kept - start]
         return seen_k, seen_v
+
+    def check_room(self, new: int) -> None:
+        """Raise ValueError if ``new`` more positions exceed the capacity."""
+        if self.length + new > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions; {self.length + new} were asked for")
 
     def advance(self, new: int) -> None:
         """Count ``new`` positions that every layer has stored."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinymoe.balance import Draws, is_plain
-from tinymoe.block import Attend, BlockSaved, block, block_backward
+from tinymoe.block import Attend, BlockSaved, Weights, block, block_backward
 from tinymoe.checks import Params
 from tinymoe.config import MixtralConfig
 from tinymoe.errors import InputError
@@ -110,13 +110,27 @@ class Decoder:
     def _block(
         self, layer: int, x: Array, shape: tuple[int, int], rotation: Array, attend: Attend, moe: Any
     ) -> tuple[Array, BlockSaved]:
-        def weights(name: str) -> Array:
-            return self.params[f"layers.{layer}.{name}"]
-
         try:
-            return block(self.ops, self.config, weights, x, shape, rotation, attend, moe)
+            return block(self.ops, self.config, self._weights(layer), x, shape, rotation, attend, moe)
         except FloatingPointError as error:
             raise FloatingPointError(f"layer {layer}: {error}") from None
+
+    def _weights(self, layer: int) -> Weights:
+        return lambda name: self.params[f"layers.{layer}.{name}"]
+
+    def _forward_step(
+        self, moes: list[Any], head: Any, components: Any, tokens: Any, rotation: Any, attend: Any
+    ) -> tuple[Any, list[Any]]:
+        """Launch a step of decoding with each layer's mixture; see the ``forward`` of `tinymoe.cuda.decode.Step`."""
+        x, _ = components.embedding(tokens, self.params["tok_embeddings"])  # (N, D)
+        shape, routings = (1, len(tokens)), []
+        for layer, moe in enumerate(moes):
+            weights, attend_here = self._weights(layer), partial(attend, layer)
+            x, saved = block(components, self.config, weights, x, shape, rotation, attend_here, moe)
+            if moe:
+                routings.append(saved.ffn.routing)
+        x, _ = components.rmsnorm(x, self.params["norm"], self.config.norm_eps)
+        return components.linear(x, head)[0], routings
 
     def _moe(self, layer: int, draws: Draws | None = None, few: bool = False) -> Any:
         """Return a layer's mixture, or None where it has no experts.
@@ -164,8 +178,13 @@ class Decoder:
 
     def _check_finite(self, blocks: list[BlockSaved]) -> None:
         """Raise what the reference's router raises, if the device's has set its flag in a layer."""
-        for layer in self.config.moe_layers if self.backend == "cuda" else ():
-            if self.host(blocks[layer].ffn.routing.not_finite).any():
+        if self.backend == "cuda":
+            self._check_flags([blocks[layer].ffn.routing.not_finite for layer in self.config.moe_layers])
+
+    def _check_flags(self, flags: Any) -> None:
+        """Raise it by the flags of the layers that have experts."""
+        for layer, flag in zip(self.config.moe_layers, flags):
+            if self.host(flag).any():
                 raise FloatingPointError(f"layer {layer}: the router's logits are not finite")
 
     # Backward.

@@ -98,19 +98,19 @@ def _stream(
     eos_token: int | None,
     seed: int | None,
 ) -> Iterator[Generated]:
-    caches = [model.cache(len(prompt) + max_new_tokens) for prompt in prompts]
+    caches = {i: model.cache(len(prompt) + max_new_tokens) for i, prompt in enumerate(prompts)}
     rngs = [np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(len(prompts))]
     waiting = {i: np.asarray(prompt) for i, prompt in enumerate(prompts)}  # prompt -> tokens the model has not seen
     for _ in range(max_new_tokens):
         if not waiting:
             return
-        logits, experts = model.extend(list(waiting.values()), [caches[i] for i in waiting])
+        logits, experts = model.extend(list(waiting.values()), list(caches.values()))
         tokens: list[int | None] = [None] * len(prompts)
         for i, row in zip(list(waiting), logits):
             token = sample(row, temperature, top_k, top_p, rngs[i])
             tokens[i] = token
             if token == eos_token:
-                del waiting[i]
+                del waiting[i], caches[i]
             else:
                 waiting[i] = np.array([token])
         yield Generated(tokens, experts)

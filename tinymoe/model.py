@@ -158,7 +158,8 @@ class Mixtral(Decoder):
         """Feed new tokens to sequences whose past is in their caches, one cache each, which grow by them.
 
         The sequences may differ in length, past and new: their rows are packed one after the other, without padding,
-        and only attention looks at each apart.
+        and only attention looks at each apart. On the CUDA backend one new token of each is a step that is recorded and
+        then repeated, `tinymoe.cuda.decode.Step`.
 
         Parameters
         ----------
@@ -178,6 +179,8 @@ class Mixtral(Decoder):
         check_tokens(packed, self.config.vocab_size)
         if len(packed) == 1 and self.backend == "reference" and is_plain(self.config):
             return self._decode(packed, caches[0])
+        if len(packed) == len(sequences) and self.backend == "cuda":
+            return self._step(packed, caches)
         return self._extend(packed, sequences, caches)
 
     def _decode(self, token: Array, cache: KVCache) -> tuple[Array, list[Array]]:
@@ -203,6 +206,28 @@ class Mixtral(Decoder):
         cache.advance(1)
         x, _ = ops.rmsnorm(x[None], self.params["norm"], config.norm_eps)
         return ops.linear(x, self._head())[0], chosen
+
+    def _step(self, tokens: Array, caches: list[KVCache]) -> tuple[Array, list[Array]]:
+        """Do what `extend` does for one token of each sequence, by launches that are recorded once for these caches."""
+        for cache in caches:
+            cache.check_room(1)
+        if caches[0].step is None or not caches[0].step.serves(caches, self.params.values()):
+            self._record(caches)
+        found = caches[0].step(tokens, [cache.length for cache in caches])
+        logits, experts, not_finite = (self.host(array).copy() for array in found)  # the next step overwrites them
+        for cache in caches:
+            cache.advance(1)
+        self._check_flags(not_finite)
+        return logits, list(experts)
+
+    def _record(self, caches: list[KVCache]) -> None:
+        """Make the step of decoding of these caches, which know it from then on."""
+        config = self.config
+        rotations = self._rotation(np.arange(max(cache.capacity for cache in caches)))
+        routed = len(config.moe_layers), config.num_experts if config.expert_choice else config.top_k_experts
+        moes = [self._moe(layer, few=True) for layer in range(config.n_layers)]
+        forward = partial(self._forward_step, moes, self._head())
+        self.ops.decode.Step(caches, rotations, routed, forward, self.params.values())
 
     @workers.kept_memory()
     def _extend(self, packed: Array, sequences: list[Array], caches: list[KVCache]) -> tuple[Array, list[Array]]:

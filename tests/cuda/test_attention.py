@@ -12,7 +12,7 @@ from strategies import rngs
 
 from tinymoe import reference
 from tinymoe.cuda import device
-from tinymoe.cuda.attention import attention, attention_backward, attention_decode
+from tinymoe.cuda.attention import attention, attention_backward, attention_cached, attention_decode
 from tinymoe.errors import InputError
 
 module = importlib.import_module("tinymoe.cuda.attention")  # as an attribute of the package it is the function
@@ -163,6 +163,29 @@ def test_decoding_a_sequence_gives_the_same_bits_alone_and_in_a_batch(where, S, 
             for b in range(3)
         ]
         assert_same_bits([attention_decode(q, k, v)], [np.concatenate(alone)])
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+@given(
+    st.lists(st.tuples(st.integers(1, 150), st.integers(0, 300)), min_size=1, max_size=3),  # slots and position of each
+    *(st.integers(0, 90), st.integers(1, 2), st.integers(1, 9), st.sampled_from([1, 2, 64]), dtypes, orders, rngs),
+)
+def test_a_cache_is_seen_as_far_as_it_is_filled(where, caches, spare, G, R, most_splits, dtype, order, rng):
+    slots, positions = np.array(caches, np.int32).T
+    B, S, seen = len(slots), slots.max() + spare, np.minimum(positions + 1, slots)
+    with running(where, order), mock.patch.object(module, "MOST_SPLITS", most_splits):
+        arrays = make_inputs(rng, B, 1, S - 1, G, R, 4)[:3]
+        for array in arrays[1:]:
+            for b in range(B):
+                array[b, seen[b] :] = np.nan  # what nobody may read
+        (q, k, v), (q64, k64, v64) = on_device(*arrays, dtype=dtype)
+        o = device.host(attention_cached(q, k, v, device.array(positions), device.array(slots)))
+        for b in range(B):
+            own, filled = slice(b, b + 1), slice(seen[b])
+            expected = reference.attention_decode(q64[own], k64[own, filled], v64[own, filled])
+            assert_equivalent(o[own], expected)
+            alone = [device.array(device.host(x).copy()) for x in (q[own], k[own, filled], v[own, filled])]
+            assert_same_bits([attention_decode(*alone)], [o[own]])  # in splits of the keys, not of the capacity
 
 
 def test_head_beyond_256_is_refused():

@@ -2,16 +2,17 @@
 
 import numpy as np
 import pytest
-from emulation import EVERYWHERE, assert_equivalent, assert_same_bits, dtypes, on_device
-from hypothesis import given
+from emulation import EVERYWHERE, assert_equivalent, assert_same_bits, dtypes, on_device, orders, running
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import rngs
 
 from tinymoe import InputError, reference
 from tinymoe.cuda import device
-from tinymoe.cuda.linear import linear, linear_backward, matmul
+from tinymoe.cuda.linear import linear, linear_backward, linear_few, matmul
 
 sizes = st.integers(1, 70)
+inner_sizes = sizes | st.integers(1, 70).map(lambda packs: 8 * packs)  # rows that begin on 16 bytes are loaded so
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)
@@ -31,11 +32,24 @@ def test_equals_the_reference(where, N, D_in, D_out, dtype, rng):
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)
-def test_sums_are_of_float32_and_rounded_once(where):
+@given(st.integers(1, 40), inner_sizes, sizes, dtypes, orders, rngs)
+@settings(max_examples=15)
+def test_few_rows_equal_the_reference_and_each_has_the_same_bits_alone(where, N, D_in, D_out, dtype, order, rng):
+    with running(where, order):
+        (x, w), (x64, w64) = on_device(*map(rng.standard_normal, [(N, D_in), (D_out, D_in)]), dtype=dtype)
+        y, expected = linear_few(x, w), reference.linear(x64, w64)[0]
+        assert y.dtype == dtype
+        assert_equivalent(y, expected, floor=np.sqrt(expected.size))
+        alone = device.array(device.host(x)[-1:].copy())
+        assert_same_bits([linear_few(alone, w)], [device.host(y)[-1:]])
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+@pytest.mark.parametrize("multiply", [lambda x, w: linear(x, w)[0], linear_few])
+def test_sums_are_of_float32_and_rounded_once(where, multiply):
     with device.using(where):
         ones = device.array(np.ones((1, 1001)).astype(device.BFLOAT16))  # summed in bfloat16, ones stop at 256
-        y, _ = linear(ones, ones)
-        assert float(device.host(y)[0, 0]) == 1000  # of the multiples of 4, the nearest even
+        assert float(device.host(multiply(ones, ones))[0, 0]) == 1000  # of the multiples of 4, the nearest even
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)

@@ -4,6 +4,7 @@ The same functions as in `tinymoe.reference`, on arrays of `tinymoe.cuda.device`
 reference returns as a Python number is here an array of one element on the device, so that the host waits once a step.
 """
 
+from tinymoe.cuda import decode as decode
 from tinymoe.cuda import device as device
 from tinymoe.cuda.attention import attention, attention_backward, attention_decode
 from tinymoe.cuda.balance import (

@@ -9,7 +9,7 @@ from tinymoe.errors import InputError
 
 TILE, ROWS, THREADS, PAD = 32, 8, 128, 4  # rows of a tile and of a warp; threads of a block; floats between rows
 DELTA_ROWS = 4  # rows of a block of attention_delta
-MOST_SPLITS, LEAST_KEYS = 64, 64  # of attention_decode: splits of the keys, and keys of a split
+MOST_SPLITS, LEAST_KEYS = 64, 64  # of attention_cached: splits of the keys, and keys of a split
 HEADS = (32, 64, 128, 256)  # head_dim is rounded up to one of these
 KERNELS = device.Kernels(
     "attention.cu",
@@ -69,21 +69,46 @@ def attention_backward(do: Any, saved: AttentionSaved) -> tuple[Any, Any, Any]:
 
 
 def attention_decode(q: Any, k: Any, v: Any) -> Any:
-    """Compute `attention` of one query (B, 1, H, K) over all keys of a cache (B, S, G, K): (B, 1, H, K).
+    """Compute `attention` of one query (B, 1, H, K) over all keys of a cache (B, S, G, K): (B, 1, H, K)."""
+    return attention_cached(q, k, v, None, None)
 
-    The splits depend on S alone, so that a sequence gives the same bits in every batch.
+
+def attention_cached(q: Any, keys: Any, values: Any, positions: Any, slots: Any) -> Any:
+    """Compute `attention_decode` over as much of each sequence's cache as its text has filled.
+
+    How much that is the device reads from its own memory, so that a recorded launch serves every position. The grid is
+    that of full caches; blocks beyond a text's end have nothing to do. The splits depend on the number of a sequence's
+    keys alone, so that it gives the same bits in every batch and in a cache of any capacity.
+
+    Parameters
+    ----------
+    q
+        (B, 1, H, K).
+    keys, values
+        (B, S, G, K).
+    positions
+        (B,) int32, of the queries; None: all S keys are seen.
+    slots
+        (B,) int32, up to S, how many a cache uses: of those the first min(position + 1, slots) are filled.
+
+    Returns
+    -------
+    o
+        (B, 1, H, K).
     """
-    (B, _, H, K), (_, S, G, _) = q.shape, k.shape
-    split_keys = max(LEAST_KEYS, -(-S // (TILE * MOST_SPLITS)) * TILE)
-    splits, octets = -(-S // split_keys), -(-(H // G) // ROWS)
+    (B, _, H, K), (_, S, G, _) = q.shape, keys.shape
+    splits, octets = min(MOST_SPLITS, -(-S // LEAST_KEYS)), -(-(H // G) // ROWS)
     highest, total = (device.empty((B, H, splits), np.float32) for _ in range(2))
     out, o = device.empty((B, H, splits, K), np.float32), device.empty(q.shape, q.dtype)
     KERNELS.launch(
         f"attention_decode_split<{_instance(q)}>",
-        *(splits * octets * G * B, 32, q, k, v, highest, total, out, S, H, G, K, splits, split_keys),
+        *(splits * octets * G * B, 32, q, keys, values, positions, slots, highest, total, out, S, H, G, K, splits),
         shared=_shared(q, tile_rows=ROWS + 2 * TILE, weights=ROWS),
     )
-    KERNELS.launch(f"attention_decode_merge<{device.ctype(q)}>", B * H, 128, highest, total, out, o, splits, K)
+    KERNELS.launch(
+        f"attention_decode_merge<{device.ctype(q)}>",
+        *(B * H, 128, highest, total, out, positions, slots, o, S, H, K, splits),
+    )
     return o
 
 

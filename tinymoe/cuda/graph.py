@@ -11,7 +11,9 @@ class Graph:
 
     The arrays that the function reads keep their places: to compute something else write into them. What it returned is
     overwritten by every call. On a GPU this is a CUDA graph, for which the function may not ask the device for anything
-    in between; nothing in a mixture does, since the plan stays there. The emulator calls the function again.
+    in between; nothing in a mixture does, since the plan stays there. Nor may it copy from the host, or call cuBLAS,
+    which CuPy refuses to record, and with it `linear`. Recording runs it twice: where it writes what it reads, it must
+    write the same again. The emulator calls the function again.
 
     Parameters
     ----------

@@ -1,7 +1,8 @@
 """The linear map without bias on the device; see `tinymoe.reference.linear`.
 
 The one component whose product is a library's: on a GPU a dense product goes to cuBLAS through CuPy, since one that
-keeps up with it is a subject of its own, and the experts' grouped product, the heart of the model, is ours by hand.
+keeps up with it is a subject of its own, and the experts' grouped product, the heart of the model, is ours by hand. So
+is one of a few rows, which only reads weights: a step of decoding is recorded as a graph, and CuPy records no cuBLAS.
 """
 
 from typing import Any, NamedTuple
@@ -9,6 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinymoe.cuda import device
+
+WARPS, OWNED = 4, 2  # of a block of linear_few; rows of w that a warp multiplies by
+KERNELS = device.Kernels("linear.cu", *(f"linear_few<{T}>" for T in ("{T}, 1", "float, 4", "bfloat16, 8")))
 
 
 class LinearSaved(NamedTuple):
@@ -21,6 +25,18 @@ class LinearSaved(NamedTuple):
 def linear(x: Any, w: Any) -> tuple[Any, LinearSaved]:
     """Compute y = x wᵀ: (N, D_in), (D_out, D_in) → (N, D_out)."""
     return matmul(x, w.T), LinearSaved(x, w)
+
+
+def linear_few(x: Any, w: Any) -> Any:
+    """Compute y = x wᵀ of a few rows: (N, D_in), (D_out, D_in) → (N, D_out).
+
+    Summed in float32 and rounded once, as `linear`; a kernel of ours, which reads w once for every 16 rows of x.
+    """
+    (N, inner), outer, width = x.shape, len(w), 16 // x.dtype.itemsize
+    expression = f"linear_few<{device.ctype(x)}, {width if inner % width == 0 else 1}>"
+    y = device.empty((N, outer), x.dtype)
+    KERNELS.launch(expression, -(-outer // (WARPS * OWNED)), 32 * WARPS, x, w, y, N, inner, outer)
+    return y
 
 
 def linear_backward(dy: Any, saved: LinearSaved) -> tuple[Any, Any]:

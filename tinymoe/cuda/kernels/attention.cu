@@ -17,7 +17,9 @@
 // queries of all heads of the group). Scores are computed twice, and in return no sum needs an atomic: all have one order.
 //
 // Decode: one query per sequence. The own rows are up to 8 query heads of a group, so that they share one reading of the
-// cache. A block is one warp and takes one split of the keys; a second kernel merges the splits' softmaxes in order.
+// cache. A block is one warp and takes one split of the keys; a second kernel merges the splits' softmaxes in order. How many
+// keys there are may lie on the device, one number a sequence: the grid is then that of full caches, of which a sequence uses
+// the splits that its text has come to.
 //
 // FLOPs per head, with P pairs of a query and a key that it sees (T^2 / 2 when causal, T W with a window): forward 4 P K,
 // backward 14 P K. Bytes: 2 T H K + 2 S G K elements once from memory, but a block reads 2 K elements of each streamed row for
@@ -28,11 +30,12 @@
 #include "prelude.h"
 #include "warp.h"
 
-constexpr int TILE = 32;       // own rows of a block, and streamed rows at a time: one a lane
-constexpr int ROWS = 8;        // own rows of a warp
-constexpr int PAD = 4;         // floats between rows in shared memory: the lanes' rows start in different banks
-constexpr int BATCH = 8;       // loads that a thread has under way at once: that, times a block's threads, divides every tile
-constexpr int DELTA_ROWS = 4;  // rows (warps) of a block of attention_delta
+constexpr int TILE = 32;        // own rows of a block, and streamed rows at a time: one a lane
+constexpr int ROWS = 8;         // own rows of a warp
+constexpr int PAD = 4;          // floats between rows in shared memory: the lanes' rows start in different banks
+constexpr int BATCH = 8;        // loads that a thread has under way at once: that, times a block's threads, divides every tile
+constexpr int LEAST_KEYS = 64;  // keys of a split, or more
+constexpr int DELTA_ROWS = 4;   // rows (warps) of a block of attention_delta
 // A score below all, but finite: in a row that has seen no key (those beyond the end) exp(-INFINITY - LOWEST) is 0, not NaN.
 constexpr float LOWEST = -3.402823466e38f;
 
@@ -315,18 +318,31 @@ __global__ void attention_backward_keys(
 
 // ---- decode
 
+// How many keys the query of sequence b sees: all, or what its positions have filled of a cache.
+__device__ __forceinline__ int keys_seen(const int *positions, const int *slots, int b, int keys) {
+    return positions ? min(positions[b] + 1, slots[b]) : keys;
+}
+
+// How many of them make a split: LEAST_KEYS, or more where there would be more splits than `splits`.
+__device__ __forceinline__ int keys_of_split(int seen, int splits) {
+    return max(LEAST_KEYS, (seen + TILE * splits - 1) / (TILE * splits) * TILE);
+}
+
 // A block, of one warp, per (split of the keys, up to 8 heads of a group, group, sequence): the softmax over the split, as
 // highest and total (B, H, splits) and out (B, H, splits, K).
 template <class T, int HEAD>
 __global__ void attention_decode_split(
-    const T *q, const T *k, const T *v, float *highest, float *total, float *out,
-    int keys, int heads, int groups, int K, int splits, int split_keys) {
+    const T *q, const T *k, const T *v, const int *positions, const int *slots, float *highest, float *total, float *out,
+    int keys, int heads, int groups, int K, int splits) {
     DYNAMIC_SHARED(float, q_tile);
     float *k_tile = q_tile + ROWS * STRIDE<HEAD>, *v_tile = k_tile + TILE * STRIDE<HEAD>;
     float *weights = v_tile + TILE * STRIDE<HEAD>;
     const int lane = threadIdx.x, repeats = heads / groups, octets = (repeats + ROWS - 1) / ROWS;
     const int split = blockIdx.x % splits, octet = blockIdx.x / splits % octets;
     const int g = blockIdx.x / splits / octets % groups, b = blockIdx.x / splits / octets / groups;
+    const int seen = keys_seen(positions, slots, b, keys), split_keys = keys_of_split(seen, splits);
+    const int begin_key = split * split_keys, end_key = min(begin_key + split_keys, seen);
+    if (begin_key >= seen) return;  // the text has not come so far
     const int first = g * repeats + octet * ROWS, end = min(first + ROWS, (g + 1) * repeats);  // heads
     const size_t k_stride = (size_t)groups * K, k_head = (size_t)b * keys * k_stride + g * K;
     k += k_head, v += k_head;
@@ -335,8 +351,7 @@ __global__ void attention_decode_split(
     Softmax<HEAD> softmax;
     begin(softmax);
     load_tile<HEAD>(q_tile, ROWS, q + (size_t)b * heads * K, first, end, K, K, scale);
-    const int end_key = min((split + 1) * split_keys, keys);
-    for (int s = split * split_keys; s < end_key; s += TILE) {
+    for (int s = begin_key; s < end_key; s += TILE) {
         // Nobody reads the tiles before any more: absorb's barrier came after k_tile's reads, and of v_tile a lane writes and
         // reads the same columns.
         load_tile<HEAD>(k_tile, TILE, k, s, end_key, k_stride, K);
@@ -359,16 +374,21 @@ __global__ void attention_decode_split(
     }
 }
 
-// A block per row of (B, H), a thread per column: o = sum of out exp(highest - the highest of all) over that sum of total.
+// A block per row of (B, H), a thread per column: o = sum of out exp(highest - the highest of all) over that sum of total, of
+// the splits that the text has come to.
 template <class T>
-__global__ void attention_decode_merge(const float *highest, const float *total, const float *out, T *o, int splits, int K) {
+__global__ void attention_decode_merge(
+    const float *highest, const float *total, const float *out, const int *positions, const int *slots, T *o,
+    int keys, int heads, int K, int splits) {
     const size_t row = blockIdx.x;
+    const int seen = keys_seen(positions, slots, blockIdx.x / heads, keys), split_keys = keys_of_split(seen, splits);
+    const int used = (seen + split_keys - 1) / split_keys;
     highest += row * splits, total += row * splits, out += row * splits * K, o += row * K;
     float most = LOWEST;
-    for (int split = 0; split < splits; split++) most = max(most, highest[split]);
+    for (int split = 0; split < used; split++) most = max(most, highest[split]);
     for (int d = threadIdx.x; d < K; d += blockDim.x) {
         float sum = 0, all = 0;
-        for (int split = 0; split < splits; split++) {
+        for (int split = 0; split < used; split++) {
             const float rescale = expf(highest[split] - most);
             sum += out[(size_t)split * K + d] * rescale;
             all += total[split] * rescale;
