@@ -3,7 +3,7 @@
 from typing import Any
 
 from tinymoe.cuda import device
-from tinymoe.cuda.dispatch import FEW_PAIRS as FEW_PAIRS  # (token, choice) pairs; beyond, tensor cores are for it
+from tinymoe.cuda.dispatch import FEW_PAIRS as FEW_PAIRS  # (token, choice) pairs; beyond, the ladder is for it
 from tinymoe.cuda.dispatch import Plan
 
 TILE, ROWS = 16, 32  # rows of weights of a block: of each matrix of few_up, of few_down
