@@ -125,8 +125,8 @@ plt.show()
 # tokens of 8x7B, would be 64 full tiles of 128, and are on average 68, 6 % more. With 64 rows in all nearly everything
 # is waste, and it costs little: rows that do not exist are not loaded. With one token the layer does 1 FLOP for each
 # byte of weights, and as :math:`1/h + 1/w \ge 1` for h = 1 no tile changes that: loading the weights is the limit.
-# Decoding wants kernels that do nothing else, ``kernels/few_tokens.cu`` in the library: no tiles, each weight read
-# once.
+# Decoding wants kernels that do nothing else, ``kernels/few_tokens.cu`` in the library: each weight is read once, and
+# as it is the weights that are the tall side of a tensor core's product there, the tokens' side has only 8 rows.
 #
 # How to count
 # ------------

@@ -60,8 +60,11 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "few_tokens.cu": {
         "for(intr=0;r<=MOST;r++){": "count is at most MOST, and ends it",
-        "if(column>outer)return;": "a warp beyond the last row stores nothing",
-        "for(intfirst=offsets[e],end=offsets[e+1];first<=end;first+=MOST){": "one more pass, of no rows",
+        "for(intn=0;n<=MOST/COLUMNS;n++){": "count is at most MOST, and ends it",
+        "if(n*COLUMNS>count)break;": "one more product, of no row: nothing of it is stored",
+        "for(intstep=warp*STEP;step+1<inner;step+=WARPS*STEP){": "step and inner are multiples of STEP",
+        "for(intword=0;word+1<4;word+=2)": "word is even",
+        "for(intfirst=offsets[e],end=offsets[e+1];first<=end;first+=By::MOST){": "one more pass, of no rows",
     },
     "gate.h": {
         "for(inti=0;i<=HELD;i++)": "one more bit, which nobody reads, or no expert's place",

@@ -34,10 +34,10 @@ def batch_of(N, routing="uniform"):
 
 def test_every_contestant_is_timed_and_ours_is_right(tmp_path, capsys):
     out = tmp_path / "moe.json"
-    assert cli.main([*COMMAND, "3", "40", "--out", str(out)]) == 0
+    assert cli.main([*COMMAND, "3", "80", "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     assert {(case["tokens"], case["routing"]) for case in record["cases"]} == {
-        (N, routing) for N in (3, 40) for routing in moe.ROUTINGS
+        (N, routing) for N in (3, 80) for routing in moe.ROUTINGS
     }
     timed = [case for case in record["cases"] if "skipped" not in case]
     found = {(case["contestant"], case["pass"]) for case in timed}
@@ -54,7 +54,7 @@ def test_every_contestant_is_timed_and_ours_is_right(tmp_path, capsys):
     assert "tinymoe" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("N", [3, 40])  # by the kernels for few tokens, and by the grouped products
+@pytest.mark.parametrize("N", [3, 80])  # by the kernels for few tokens, and by the grouped products
 def test_samples_and_results_are_the_reference_s(weights, N):
     batch = batch_of(N)
     sample, expected = moe.exact(weights, batch)

@@ -34,7 +34,7 @@ from tinymoe.errors import InputError
 SHAPE = dict(D=4096, F=14336, E=8, k=2)
 TOY = dict(D=64, F=96, E=8, k=2)
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
-TOY_TOKENS = (1, 16, 40)
+TOY_TOKENS = (1, 16, 80)
 ROUTINGS = ("uniform", "skewed")  # skewed: a half of all assignments go to one expert
 SAMPLED = 3  # tokens that are compared with float64
 CLOSE = 2e-2  # largest relative error of a contestant

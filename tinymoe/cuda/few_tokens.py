@@ -3,14 +3,14 @@
 from typing import Any
 
 from tinymoe.cuda import device
-from tinymoe.cuda.dispatch import FEW_PAIRS as FEW_PAIRS  # (token, choice) pairs; beyond, tensor cores are for it
+from tinymoe.cuda.dispatch import FEW_PAIRS as FEW_PAIRS  # (token, choice) pairs; beyond, the ladder is for it
 from tinymoe.cuda.dispatch import Plan
 
-WARPS, OWNED = 8, 2  # of a block; rows of a matrix that a warp multiplies by
-KERNELS = device.Kernels(
-    "few_tokens.cu",
-    *(f"{kernel}<{T}>" for kernel in ("few_up", "few_down") for T in ("{T}, 1", "float, 4", "bfloat16, 8")),
-)
+TILE, ROWS = 16, 32  # rows of weights of a block: of each matrix of few_up, of few_down
+UP_WARPS, DOWN_WARPS = 8, 16
+STEP = 64  # elements of a row that a warp multiplies at once on tensor cores
+WAYS = "{T}, Lanes<1>", "float, Lanes<4>", "bfloat16, Lanes<8>", "bfloat16, TensorCores"
+KERNELS = device.Kernels("few_tokens.cu", *(f"{kernel}<{way}>" for kernel in ("few_up", "few_down") for way in WAYS))
 
 
 def few_tokens_ffn(x: Any, weights: Any, plan: Plan, w1: Any, w2: Any, w3: Any) -> Any:
@@ -21,7 +21,7 @@ def few_tokens_ffn(x: Any, weights: Any, plan: Plan, w1: Any, w2: Any, w3: Any) 
     Parameters
     ----------
     x
-        (N, D), N·k up to ``FEW_PAIRS``, 64.
+        (N, D), N·k up to ``FEW_PAIRS``, 128.
     weights
         (N, k) float32.
     plan
@@ -36,22 +36,26 @@ def few_tokens_ffn(x: Any, weights: Any, plan: Plan, w1: Any, w2: Any, w3: Any) 
     """
     (N, k), (E, F, D) = weights.shape, w1.shape
     hidden, y = device.empty((N * k, F), x.dtype), device.empty((N, D), x.dtype)
-    blocks = WARPS * OWNED
     KERNELS.launch(
-        _of("few_up", x, D), (-(-F // blocks), E), 32 * WARPS, x, plan.tokens, w1, w3, plan.offsets, hidden, D, F
+        _of("few_up", x, D),
+        (-(-F // TILE), min(E, N * k)),
+        32 * UP_WARPS,
+        *(x, plan.tokens, w1, w3, plan.offsets, hidden, E, D, F),
     )
     KERNELS.launch(
         _of("few_down", x, F),
-        -(-D // blocks),
-        32 * WARPS,
+        -(-D // ROWS),
+        32 * DOWN_WARPS,
         *(hidden, w2, weights, plan.slots, plan.offsets, y, N, k, E, F, D),
-        shared=WARPS * OWNED * N * k * 4,
+        shared=ROWS * N * k * 4,
     )
     return y
 
 
 def _of(kernel: str, x: Any, inner: int) -> str:
-    """Return the instantiation whose loads are of 16 bytes, if rows of so many elements are multiples of them."""
+    """Return the instantiation for rows of so many elements: on tensor cores, or by loads of 16 bytes, if they fit."""
     T = device.ctype(x)
+    if T == "bfloat16" and inner % STEP == 0:
+        return f"{kernel}<{T}, TensorCores>"
     width = 16 // x.dtype.itemsize
-    return f"{kernel}<{T}, {width if inner % width == 0 else 1}>"
+    return f"{kernel}<{T}, Lanes<{width if inner % width == 0 else 1}>>"
