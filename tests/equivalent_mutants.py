@@ -30,16 +30,21 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if(deep>=count||first_column+along+1>=inner)": "along and inner are multiples of 8",
         "if(first_row+row<outer&&first_column+at+1<inner)": "at is even, and inner a multiple of 8",
     },
+    "5_wgmma.cu": {
+        "if(threadIdx.x-1>0||step*DEPTH>=inner)return;": "then thread 1 asks",
+        "if((A_WIDE||B_WIDE)&&left<=DEPTH)": "of a whole stage it clears nothing",
+    },
     "5_hopper.cu": {
-        "for(inti=0;i+1<length;i+=BOX)": "length is a multiple of BOX",
         "if((A_WIDE||B_WIDE)&&inner-deep<=DEPTH)": "of a whole stage it clears nothing",
-        "for(intk=0;k+1<DEPTH;k+=16)": "DEPTH is a multiple of 16",
         "if(deep-1>0)release(before);": "deep is a multiple of DEPTH",
-        "if(threadIdx.x-1>0)return;": "then thread 1 is the producer",
+        "constboolvalid=slot<tile.end&&column+1<tile.inner;": "column and inner are multiples of 8",
+    },
+    "hopper_tile.h": {
+        "for(inti=0;i+1<length;i+=BOX)": "length is a multiple of BOX",
+        "for(intk=0;k+1<DEPTH;k+=16)": "DEPTH is a multiple of 16",
         "for(intj=0;j+1<columns/2;j+=2)": "columns / 2 is even",
         "if(tile.row+row<tile.end&&tile.column+column+1<outer)": "the column is even, and outer a multiple of 8",
         "if(tile.row+row>=tile.end||tile.column+column+1>=outer)": "the column is even, and outer a multiple of 8",
-        "if(tile.row+row<outer&&tile.column+column+1<inner)": "the column is even, and inner a multiple of 8",
     },
     "dispatch.cu": {
         "for(intby=1;by<=WARP;by*=2){": "no lane is as high as WARP",

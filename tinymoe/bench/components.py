@@ -13,7 +13,7 @@ import numpy as np
 
 from tinymoe import cuda
 from tinymoe.cuda import device
-from tinymoe.cuda.grouped_gemm import RUNGS, grouped_dw, grouped_dx, grouped_linear
+from tinymoe.cuda.grouped_gemm import RUNGS, grouped_dw, grouped_dx, grouped_linear, grouped_swiglu
 
 Passes = dict[str, Callable[[], Any]]  # name -> what is timed
 Work = Sequence[tuple[float, float]]  # FLOPs and bytes of each pass
@@ -227,6 +227,15 @@ def _grouped_gemm_work(s: Size, b: int) -> Work:
     ]
 
 
+def _grouped_swiglu(rung: str) -> Callable[[Size, Draw], Passes]:
+    def make(s: Size, draw: Draw) -> Passes:
+        tokens, offsets, _ = cuda.dispatch(draw.experts(s), s.E)
+        x, w1, w3 = draw(s.N, s.D), draw(s.E, s.F, s.D), draw(s.E, s.F, s.D)
+        return {"forward": lambda: grouped_swiglu(x, w1, w3, offsets, tokens, rung)[2]}
+
+    return make
+
+
 def _weights(s: Size, draw: Draw) -> tuple[Any, Any, Any]:
     return draw(s.E, s.F, s.D), draw(s.E, s.D, s.F), draw(s.E, s.F, s.D)
 
@@ -315,6 +324,7 @@ def _slow_or_narrow(rung: str) -> Callable[[Size, str], str]:
 
 
 NAIVE = "grouped_gemm 1_naive"
+FUSED = [rung for rung in RUNGS if RUNGS[rung].only_bfloat16]  # which have both products and the SwiGLU in one pass
 COMPONENTS = {
     "embedding": Component(
         _embedding,
@@ -382,6 +392,15 @@ COMPONENTS = {
             cannot=_slow_or_narrow(rung),
         )
         for rung in RUNGS
+    },
+    **{
+        f"grouped_swiglu {rung}": Component(
+            _grouped_swiglu(rung),
+            lambda s, b: [(4 * s.S * s.D * s.F, b * (s.N * s.D + 2 * s.chosen * s.D * s.F + 3 * s.S * s.F))],
+            equals=None if rung == FUSED[0] else f"grouped_swiglu {FUSED[0]}",
+            cannot=_slow_or_narrow(rung),
+        )
+        for rung in FUSED
     },
     "experts": Component(_experts, _experts_work),
     "moe": Component(_moe, _moe_work),

@@ -4,6 +4,7 @@ Every rung in ``kernels/grouped_gemm/`` is complete and has the same kernels, so
 side by side. `rung` says which one runs.
 """
 
+import math
 from typing import Any, NamedTuple
 
 from tinymoe.cuda import device
@@ -26,8 +27,10 @@ def _kernels(file: str, *more: str, T: str = "{T}") -> device.Kernels:
     return device.Kernels(f"grouped_gemm/{file}", *forms, *more)
 
 
-DEEP, STAGES = 64, 4  # of 5_hopper.cu
-HOPPER_KERNELS = ("grouped_gemm<true>", "grouped_gemm<false>", "grouped_gemm_dw", "grouped_swiglu")
+DEEP = 64  # of a stage on rung 5
+FOR_HOPPER = ("grouped_gemm<true>", "grouped_gemm<false>", "grouped_gemm_dw", "grouped_swiglu")
+WGMMA = device.Kernels("grouped_gemm/5_wgmma.cu", *FOR_HOPPER, only_for="sm_90a")
+HOPPER = device.Kernels("grouped_gemm/5_hopper.cu", *FOR_HOPPER, "gathered_gemm", "gathered_swiglu", only_for="sm_90a")
 
 
 RUNGS = {
@@ -38,10 +41,10 @@ RUNGS = {
         _kernels("4_tensor_core.cu", "grouped_swiglu<bfloat16>", T="bfloat16"),
         *((128, 128), (256,), 4 * 2 * 128 * 32 * 2, True),
     ),
-    "5_hopper": Rung(
-        device.Kernels("grouped_gemm/5_hopper.cu", *HOPPER_KERNELS, only_for="sm_90a"),
-        *((128, 256), (384,), STAGES * ((128 + 256) * DEEP * 2 + 16), True),
-    ),
+    "5_wgmma": Rung(WGMMA, (128, 128), (256,), 3 * ((128 + 128) * DEEP * 2 + 8), True),
+    "5_hopper": Rung(HOPPER, (128, 256), (384,), 4 * ((128 + 256) * DEEP * 2 + 16), True),
+    # Where x[rows] w^T is computed, it gathers rows as it loads them; else it is 5_hopper.
+    "5_hopper_gather": Rung(HOPPER, (128, 256), (384,), 4 * ((128 + 256) * DEEP * 2 + 16), True),
 }
 
 
@@ -49,7 +52,7 @@ def rung(x: Any, *sizes: int) -> str:
     """Return the highest rung that multiplies arrays of x's dtype and of these inner and outer sizes, on this device.
 
     Tensor cores take bfloat16, and copies go 8 elements at a time. The emulator, which is asked for speed of another
-    kind, runs rung 5 only where it is named.
+    kind, runs rung 5 only where it is named. Its first step and its variant run nowhere else.
     """
     if device.ctype(x) != "bfloat16" or any(size % 8 for size in sizes):
         return "3_register"
@@ -93,14 +96,17 @@ def grouped_swiglu(
     experts, outer, inner = w1.shape
     slots, name = len(x if rows is None else rows), using or rung(x, inner, outer)
     gate, up, hidden = (device.empty((slots, outer), x.dtype) for _ in range(3))
-    if name == "5_hopper":
-        maps = _slots_map(x, rows), _rows_map(w1, 128), _rows_map(w3, 128)
-        tiles = _most_tiles(slots, experts, 128) * -(-outer // 128)
-        _launch_hopper("grouped_swiglu", tiles, *maps, offsets, gate, up, hidden, experts, slots, inner, outer)
-        return gate, up, hidden
     kernels, (height, width), block, shared, _ = RUNGS[name]
     grid = (_most_tiles(slots, experts, height), -(-outer // (width // 2)))
-    arguments = (x, rows, w1, w3, offsets, gate, up, hidden, experts, slots, inner, outer)
+    results = (gate, up, hidden, experts, slots, inner, outer)
+    if name.startswith("5"):
+        maps = _rows_map(w1, width // 2), _rows_map(w3, width // 2)
+        if name == "5_hopper_gather":
+            _launch_hopper(name, "gathered_swiglu", grid, x, rows, *maps, offsets, *results)
+        else:
+            _launch_hopper(name, "grouped_swiglu", grid, _slots_map(x, rows), *maps, offsets, *results)
+        return gate, up, hidden
+    arguments = (x, rows, w1, w3, offsets, *results)
     kernels.launch("grouped_swiglu<bfloat16>", grid, block, *arguments, shared=shared)
     return gate, up, hidden
 
@@ -116,14 +122,13 @@ def grouped_dw(dy: Any, x: Any, offsets: Any, rows: Any = None, using: str | Non
     name = using or rung(x, outer, inner)
     kernels, (height, width), block, shared, _ = RUNGS[name]
     dw = device.empty((experts, outer, inner), dy.dtype)
-    across, down = -(-inner // width), -(-outer // height)
-    if name == "5_hopper":
-        rows_of_x = x if rows is None else gather_rows(x, rows)
-        maps = tile_map(dy, DEEP), tile_map(rows_of_x, DEEP)
-        _launch_hopper("grouped_gemm_dw", experts * down * across, *maps, offsets, dw, experts, outer, inner)
+    grid = (-(-inner // width), -(-outer // height), experts)
+    if name.startswith("5"):
+        maps = tile_map(dy, DEEP), tile_map(x if rows is None else gather_rows(x, rows), DEEP)
+        sizes = (outer, inner) if name == "5_wgmma" else (experts, outer, inner)
+        _launch_hopper(name, "grouped_gemm_dw", grid, *maps, offsets, dw, *sizes)
         return dw
     expression = f"grouped_gemm_dw<{device.ctype(x)}>"
-    grid = (across, down, experts)
     kernels.launch(expression, grid, block, dy, x, rows, offsets, dw, outer, inner, shared=shared)
     return dw
 
@@ -136,9 +141,12 @@ def _product(x: Any, w: Any, offsets: Any, rows: Any, using: str | None, transpo
     y = device.empty((slots, outer), x.dtype)
     grid = (_most_tiles(slots, experts, height), -(-outer // width))
     sizes = (experts, slots, inner, outer)
-    if name == "5_hopper":
-        maps = _slots_map(x, rows), _rows_map(w, width if transposed else DEEP)
-        _launch_hopper(f"grouped_gemm<{form}>", grid[0] * grid[1], *maps, offsets, y, *sizes)
+    if name.startswith("5"):
+        map_of_w = _rows_map(w, width if transposed else DEEP)
+        if name == "5_hopper_gather" and transposed:
+            _launch_hopper(name, "gathered_gemm", grid, x, rows, map_of_w, offsets, y, *sizes)
+        else:
+            _launch_hopper(name, f"grouped_gemm<{form}>", grid, _slots_map(x, rows), map_of_w, offsets, y, *sizes)
         return y
     expression = f"grouped_gemm<{device.ctype(x)}, {form}>"
     kernels.launch(expression, grid, block, x, rows, w, offsets, y, *sizes, shared=shared)
@@ -150,10 +158,11 @@ def _most_tiles(slots: int, experts: int, height: int) -> int:
     return slots // height + experts + 1
 
 
-def _launch_hopper(expression: str, most_tiles: int, *arguments: Any) -> None:
-    """Launch a kernel of rung 5: a block on every multiprocessor, which takes tile after tile."""
-    kernels, _, block, shared, _ = RUNGS["5_hopper"]
-    kernels.launch(expression, min(device.multiprocessors(), most_tiles), block, *arguments, shared=shared)
+def _launch_hopper(name: str, expression: str, tiles: tuple[int, ...], *arguments: Any) -> None:
+    """Launch a kernel of rung 5: a block for each tile, or on every multiprocessor one that takes tile after tile."""
+    kernels, _, block, shared, _ = RUNGS[name]
+    grid = tiles if name == "5_wgmma" else min(device.multiprocessors(), math.prod(tiles))
+    kernels.launch(expression, grid, block, *arguments, shared=shared)
 
 
 def _slots_map(x: Any, rows: Any) -> Any:

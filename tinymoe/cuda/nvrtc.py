@@ -34,6 +34,7 @@ class Compiled(NamedTuple):
     cubin: bytes
     names: dict[str, str]  # expression → name of its function in the cubin
     resources: dict[str, Resources]  # by expression
+    advice: list[str]  # of ptxas: what it had to change, or do slowly
 
 
 def compile_cubin(kernels: Kernels, architecture: str) -> Compiled:
@@ -71,7 +72,8 @@ def compile_cubin(kernels: Kernels, architecture: str) -> Compiled:
         _done(nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
         _done(nvrtc.nvrtcDestroyProgram(program))
-    return Compiled(cubin, names, {e: _resources(text, name) for e, name in names.items()})
+    advice = re.findall(r".*\(C\d+\).*", text)
+    return Compiled(cubin, names, {e: _resources(text, name) for e, name in names.items()}, advice)
 
 
 def _resources(log: str, name: str) -> Resources:

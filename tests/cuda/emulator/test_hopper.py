@@ -46,12 +46,21 @@ BUGS = [
     Bug("MISALIGNED_TILE", "misaligned"),
     Bug("TILE_NOBODY_WAITS_FOR", "in flight"),
 ]
+BUGS_OF_COPIES = [
+    Bug("COPIES_UNFENCED", "unfenced"),
+    Bug("COPIES_NOT_WAITED_FOR", "in flight|uninitialised|race"),
+    Bug("COPIES_NOBODY_READS", "in flight"),
+    Bug("ARRIVES_BEFORE_ITS_COPIES", "in flight"),
+    Bug("TOO_FEW_ARRIVALS", "in flight|race|uninitialised|deadlock"),
+    Bug("TOO_MANY_ARRIVALS", "deadlock"),
+]
 LAYOUTS = [f"{a}, {b}" for a in ("false", "true") for b in ("false", "true")]
 KERNELS = device.Kernels(
     SOURCE,
     *(f"multiply<{stages}, {layout}, NONE>" for stages in (1, 3) for layout in LAYOUTS),
     *(f"multiply<2, false, true, {bug.name}>" for bug in [*BUGS, Bug("ACCUMULATOR_READ_TOO_EARLY", "")]),
     *(f"multiply_written<{n}, {fenced}>" for n in (64, 128, 256) for fenced in ("true", "false")),
+    *(f"multiply_copied<{bug}>" for bug in ["NONE", *(bug.name for bug in BUGS_OF_COPIES)]),
 )
 
 
@@ -107,21 +116,46 @@ def test_product_of_what_the_warpgroup_wrote(where, n):
         assert np.array_equal(device.host(c), a @ b.T)
 
 
+def multiply_copied(a, b, bug="NONE"):
+    """Return a (64, 16) times b (64, 16)ᵀ, small integers, which one warp copies and another multiplies."""
+    c, copied = device.empty((64, 64), np.float32), [device.array(matrix.astype(device.BFLOAT16)) for matrix in (a, b)]
+    KERNELS.launch(f"multiply_copied<{bug}>", 1, 160, *copied, c, shared=2 * 64 * 128 + 8)
+    return device.host(c)
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+@given(seed=st.integers(0, 99), order=orders)
+def test_product_of_what_a_warp_copied(where, seed, order):
+    a, b = integers(seed, 64, 16), integers(seed + 1, 64, 16)
+    with running(where, order):
+        assert np.array_equal(multiply_copied(a, b), a @ b.T)
+
+
 def lines_of(bug):
     """Return the lines below the comments that name a bug."""
     lines = enumerate(SOURCE.read_text().splitlines(), 1)
     return [i + 1 for i, line in lines if re.search(rf"// caught below:.*\b{bug}\b", line)]
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_bug_is_caught_where_it_stands(bug):
-    a, b = integers(0, 70, 400), integers(1, 400, 60)
+def assert_caught(bug, run):
     for schedule in SCHEDULES:
         with device.using("checked"), scheduled(*schedule), pytest.raises(KernelError) as caught:
-            multiply(a, b, bug=bug.name)
+            run()
         error = caught.value
         assert error.kind in bug.kinds.split("|"), (schedule, error)
         assert error.line in lines_of(bug.name), (schedule, error)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_bug_is_caught_where_it_stands(bug):
+    a, b = integers(0, 70, 400), integers(1, 400, 60)
+    assert_caught(bug, lambda: multiply(a, b, bug=bug.name))
+
+
+@pytest.mark.parametrize("bug", BUGS_OF_COPIES, ids=lambda bug: bug.name)
+def test_bug_of_copies_is_caught_where_it_stands(bug):
+    a, b = integers(0, 64, 16), integers(1, 64, 16)
+    assert_caught(bug, lambda: multiply_copied(a, b, bug.name))
 
 
 @pytest.mark.parametrize("n", [64, 128, 256])

@@ -27,6 +27,11 @@ void copy_asynchronously(void *to, const void *from, int bytes, int valid, Where
 
 void commit_copies() { threads[current].copy_group++; }
 
+void finish(Copy &copy) {
+    if (!copy.done) move(copy);
+    end_flight(copy.to, copy.bytes);
+}
+
 void wait_for_copies(int groups_left) {
     Thread &thread = threads[current];
     std::vector<Copy> left;
@@ -35,8 +40,7 @@ void wait_for_copies(int groups_left) {
             left.push_back(copy);
             continue;
         }
-        if (!copy.done) move(copy);
-        end_flight(copy.to, copy.bytes);
+        finish(copy);
         touch(copy.to, copy.bytes, Access::write, copy.where);
     }
     thread.copies = left;

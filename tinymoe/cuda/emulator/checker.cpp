@@ -102,12 +102,12 @@ void check_launch(const Buffer *buffers, int count, char *image, char *end, char
 }
 
 void check_block() {
+    agents = warpgroups();
     if (!checking) return;
     clocks.assign(threads.size(), 1);
     met.clear();
     visible.clear();
     heard.assign(threads.size(), {});
-    agents = warpgroups();
     for (Region *shared : {&static_shared, &dynamic_region})
         for (Cell &cell : shared->cells) cell.in_flight = false;
 }

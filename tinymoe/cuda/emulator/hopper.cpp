@@ -1,7 +1,7 @@
 // Hopper's asynchronous machines: barriers in shared memory, the engine that copies tiles, and products of a warpgroup.
 //
-// Both machines do their work at some moment between the start and the end that somebody waits for. As with cp.async it
-// is as late as is legal in the forward schedule, as early in reverse, and else at random. Accumulators are NaN while
+// Both machines do their work at some moment between the start and the end that somebody waits for. As with cp.async, whose
+// copies may be a barrier's, too, it is as late as is legal in the forward schedule, as early in reverse, and else at random. Accumulators are NaN while
 // their product is under way, so that whoever reads one too early sees it.
 #include <algorithm>
 #include <cmath>
@@ -37,9 +37,25 @@ struct TileCopy {
     int bytes() const { return map.box_rows * map.box_columns * 2; }
 };
 
+struct Arrival {  // of a thread that goes on, when its copies are done
+    int thread;
+    std::vector<Copy> copies;
+    Barrier *barrier;
+    Knowledge knowledge;
+    Where where;
+};
+
+struct Unheeded {  // a copy, done or on its way, that somebody must wait for
+    const Barrier *barrier;
+    int phase;
+    const char *what;
+    Where where;
+};
+
 static std::map<void *, Barrier> barriers;  // of the running block
 static std::vector<TileCopy> copies;        // on their way, oldest first
-static std::vector<TileCopy> unheeded;      // done or on their way, and nobody has waited for them
+static std::vector<Arrival> arrivals;       // to come, oldest first
+static std::vector<Unheeded> unheeded;
 
 static Barrier &barrier_at(void *p, Where where) {
     touch(p, 8, Access::atomic, where);
@@ -73,13 +89,32 @@ static void end_phase_if_complete(Barrier &barrier) {
     barrier.gathered.clear();
 }
 
-void arrive(void *p, int bytes, Where where) {
-    Barrier &barrier = barrier_at(p, where);
+static void arrive_at(Barrier &barrier, int bytes, const Knowledge &knowledge, Where where) {
     if (!barrier.pending) fail("mbarrier", where, "all %d arrivals of the phase have come already", barrier.arrivals);
-    merge(barrier.gathered, release());
+    merge(barrier.gathered, knowledge);
     barrier.bytes += bytes;
     barrier.pending--;
     end_phase_if_complete(barrier);
+}
+
+void arrive(void *p, int bytes, Where where) { arrive_at(barrier_at(p, where), bytes, release(), where); }
+
+// A thread's copies are done in any order, but an arrival is for all that came before it, hence after the arrivals that did.
+static void finish_oldest_arrival(int thread) {
+    const auto oldest = std::find_if(arrivals.begin(), arrivals.end(), [=](const Arrival &a) { return a.thread == thread; });
+    Arrival arrival = *oldest;
+    arrivals.erase(oldest);
+    for (Copy &copy : arrival.copies) finish(copy);
+    arrive_at(*arrival.barrier, 0, arrival.knowledge, arrival.where);
+}
+
+// From here on the copies are the barrier's: no wait_for_copies of the thread is meant for them.
+void arrive_when_copied(void *p, Where where) {
+    Barrier &barrier = barrier_at(p, where);
+    arrivals.push_back({current, {}, &barrier, release(), where});
+    arrivals.back().copies.swap(threads[current].copies);
+    unheeded.push_back({&barrier, barrier.phase, "this copy", where});
+    if (options.schedule == reverse || (options.schedule == shuffled && random_bits() % 2)) finish_oldest_arrival(current);
 }
 
 struct Wait {
@@ -115,16 +150,19 @@ static void move(const TileCopy &copy) {
     copy.barrier->bytes -= copy.bytes();
 }
 
-static void finish(size_t i) {
+static void finish_tile(size_t i) {
     const TileCopy copy = copies[i];
     copies.erase(copies.begin() + i);
     move(copy);
     end_phase_if_complete(*copy.barrier);
 }
 
-bool copy_one_tile() {
-    if (copies.empty()) return false;
-    finish(options.schedule == shuffled ? random_bits() % copies.size() : 0);
+bool finish_one_copy() {
+    const size_t count = copies.size() + arrivals.size();
+    if (!count) return false;
+    const size_t i = options.schedule == shuffled ? random_bits() % count : 0;
+    if (i < copies.size()) finish_tile(i);
+    else finish_oldest_arrival(arrivals[i - copies.size()].thread);
     return true;
 }
 
@@ -138,8 +176,8 @@ void load_tile(void *to, const TileMap &map, void *p, int row, int column, Where
     const TileCopy copy = {(char *)to, map, row, column, &barrier, barrier.phase, where};
     touch_as(barrier.agent, barrier.phase + 1, release(), to, copy.bytes(), Access::write, where);
     copies.push_back(copy);
-    unheeded.push_back(copy);
-    if (options.schedule == reverse || (options.schedule == shuffled && random_bits() % 2)) finish(copies.size() - 1);
+    unheeded.push_back({&barrier, barrier.phase, "this tile", where});
+    if (options.schedule == reverse || (options.schedule == shuffled && random_bits() % 2)) finish_tile(copies.size() - 1);
 }
 
 // ---- products
@@ -305,13 +343,14 @@ void check_no_products() {
 void begin_block() {
     barriers.clear();
     copies.clear();
+    arrivals.clear();
     unheeded.clear();
     all_warpgroups.assign(warpgroups(), {});
 }
 
 void end_block() {
-    for (const TileCopy &copy : unheeded)
-        if (copy.phase >= copy.barrier->waited) fail("in flight", copy.where, "the block ends before anybody has waited for this tile");
+    for (const Unheeded &copy : unheeded)
+        if (copy.phase >= copy.barrier->waited) fail("in flight", copy.where, "the block ends before anybody has waited for %s", copy.what);
 }
 
 }  // namespace emulator

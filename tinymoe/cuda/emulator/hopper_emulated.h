@@ -10,6 +10,7 @@ inline void mbarrier_init(uint64_t *barrier, int arrivals, EMULATOR_WHERE) { emu
 inline void fence_mbarrier_init() { emulator::publish_barriers(); }
 inline void mbarrier_arrive(uint64_t *barrier, EMULATOR_WHERE) { emulator::arrive(barrier, 0, EMULATOR_HERE); }
 inline void mbarrier_arrive_expect(uint64_t *barrier, int bytes, EMULATOR_WHERE) { emulator::arrive(barrier, bytes, EMULATOR_HERE); }
+inline void mbarrier_arrive_when_copied(uint64_t *barrier, EMULATOR_WHERE) { emulator::arrive_when_copied(barrier, EMULATOR_HERE); }
 inline void mbarrier_wait(uint64_t *barrier, unsigned parity, EMULATOR_WHERE) {
     emulator::wait_for_phase(barrier, parity, EMULATOR_HERE);
 }

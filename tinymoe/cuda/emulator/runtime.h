@@ -68,6 +68,7 @@ static_assert(sizeof(TileMap) == 128, "as large as CUDA's");
 void init_barrier(void *barrier, int arrivals, Where where);
 void publish_barriers();
 void arrive(void *barrier, int bytes, Where where);
+void arrive_when_copied(void *barrier, Where where);  // when all copies that this thread has begun are done
 void wait_for_phase(void *barrier, unsigned parity, Where where);
 void load_tile(void *to, const TileMap &map, void *barrier, int row, int column, Where where);
 void fence_async_proxy();

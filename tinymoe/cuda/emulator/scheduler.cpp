@@ -296,7 +296,7 @@ static void run_block(char *shared, char *shared_end, size_t dynamic_bytes) {
         bool progress = false;
         if (options.schedule == shuffled) {
             std::shuffle(order.begin(), order.end(), random_bits);
-            if (random_bits() % 2) copy_one_tile();
+            if (random_bits() % 2) finish_one_copy();
         }
         for (int t : order) {
             Thread &thread = threads[t];
@@ -306,7 +306,7 @@ static void run_block(char *shared, char *shared_end, size_t dynamic_bytes) {
                 run(t);
             }
         }
-        if (!progress && !copy_one_tile()) deadlock();
+        if (!progress && !finish_one_copy()) deadlock();
     }
     end_block();
 }

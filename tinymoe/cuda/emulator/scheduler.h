@@ -98,11 +98,12 @@ void begin_flight(const void *to, size_t bytes);  // an asynchronous write may h
 void end_flight(const void *to, size_t bytes);
 
 // asynchronous.cpp
+void finish(Copy &copy);  // move it, if that is still to come
 void check_no_copies(const Thread &thread);
 
 // hopper.cpp
 void begin_block();
-bool copy_one_tile();      // that is on its way; false: there is none
+bool finish_one_copy();    // of those that a barrier waits for; false: there is none
 void check_no_products();  // when the running thread exits
 void end_block();
 

@@ -28,6 +28,10 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t *barrier) {
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t *barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
+// Arrive when the copies that this thread has begun (copy_16_bytes) are done, as one of the arrivals that the phase has.
+__device__ __forceinline__ void mbarrier_arrive_when_copied(uint64_t *barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
 // Wait for the end of the phase with that parity: of phases 0, 1, 2, … the parities are 0, 1, 0, … A new barrier takes
 // the phase before its first, of parity 1, for ended.
 __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, unsigned parity) {

@@ -25,6 +25,13 @@ enum Bug {
     MISALIGNED_TILE,
     TILE_NOBODY_WAITS_FOR,
     ACCUMULATOR_READ_TOO_EARLY,
+    // of multiply_copied
+    COPIES_UNFENCED,
+    COPIES_NOT_WAITED_FOR,
+    COPIES_NOBODY_READS,
+    ARRIVES_BEFORE_ITS_COPIES,
+    TOO_FEW_ARRIVALS,
+    TOO_MANY_ARRIVALS,
 };
 
 // A is stored (M, K) or, with A_IS_COLUMNS, (K, M); B is stored (N, K) or (K, N).
@@ -118,4 +125,38 @@ __global__ void __launch_bounds__(WARPGROUP) multiply_written(const bfloat16 *a,
     wgmma_wait<0>();
     for (int e = 0; e < N / 2; e++)
         c[(t / 32 * 16 + e / 2 % 2 * 8 + t % 32 / 4) * N + e / 4 * 8 + t % 4 * 2 + e % 2] = d[e];
+}
+
+// The same, when another warp copies both matrices, 16 bytes at a time, and goes on: the barrier tells when they are there.
+template <int BUG>
+__global__ void __launch_bounds__(WARPGROUP + WARP) multiply_copied(const bfloat16 *a, const bfloat16 *b, float *c) {
+    DYNAMIC_SHARED(unsigned char, tiles);
+    unsigned char *as = tiles, *bs = tiles + 64 * SWIZZLED_ROW;
+    uint64_t *full = reinterpret_cast<uint64_t *>(tiles + 2 * 64 * SWIZZLED_ROW);
+    const int t = threadIdx.x;
+    if (t == 0) mbarrier_init(full, BUG == TOO_FEW_ARRIVALS ? WARP / 2 : BUG == TOO_MANY_ARRIVALS ? WARP + 1 : WARP);
+    __syncthreads();
+    if (t >= WARPGROUP) {
+        for (int i = t - WARPGROUP; i < 2 * 64; i += WARP) {  // chunk i % 2 of row i / 2
+            const int to = i / 2 * SWIZZLED_ROW + (i % 2 ^ i / 2 % 8) * 16;
+            // caught below: ARRIVES_BEFORE_ITS_COPIES
+            copy_16_bytes(as + to, a + i * 8, true);
+            copy_16_bytes(bs + to, b + i * 8, true);
+        }
+        if (BUG == ARRIVES_BEFORE_ITS_COPIES) mbarrier_arrive(full);
+        // caught below: COPIES_NOBODY_READS
+        else mbarrier_arrive_when_copied(full);
+        return;
+    }
+    if (BUG == COPIES_NOBODY_READS) return;
+    // caught below: TOO_MANY_ARRIVALS, TOO_FEW_ARRIVALS
+    if (BUG != COPIES_NOT_WAITED_FOR) mbarrier_wait(full, 0);
+    if (BUG != COPIES_UNFENCED) fence_async_proxy();
+    float d[32];
+    wgmma_fence();
+    // caught below: COPIES_UNFENCED, COPIES_NOT_WAITED_FOR, ARRIVES_BEFORE_ITS_COPIES, TOO_FEW_ARRIVALS
+    wgmma<false, false>(d, shared_matrix(as), shared_matrix(bs), false);
+    wgmma_commit();
+    wgmma_wait<0>();
+    for (int e = 0; e < 32; e++) c[(t / 32 * 16 + e / 2 % 2 * 8 + t % 32 / 4) * 64 + e / 4 * 8 + t % 4 * 2 + e % 2] = d[e];
 }
