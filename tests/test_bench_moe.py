@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,14 +46,21 @@ def test_every_contestant_is_timed_and_ours_is_right(tmp_path, capsys):
     assert {
         ("tinymoe", "forward"),
         ("tinymoe", "graph"),
-        ("tinymoe", "both"),
+        *(("tinymoe", each) for each in moe.KEPT),
         ("dense", "both"),
         ("loop of products", "forward"),
     } <= found
     for case in timed:
         assert case["median"] > 0
         assert case["error"] is None if case["contestant"] == "dense" else case["error"] < 1e-2
-    assert "tinymoe" in capsys.readouterr().out
+    kept = {case["pass"]: case["kept"] for case in timed if "kept" in case and case["tokens"] == 40}
+    assert kept == {each: arrays * 80 * 96 * 2 for each, arrays in moe.KEPT.items()}  # of (S, F), two bytes each
+    assert {(of["tokens"], of["pass"]) for of in record["comparisons"]} == {
+        (N, each) for N in (3, 40) for each in ("forward", "both")
+    }
+    assert len(record["goals"]) == 10
+    assert all(goal["met"] is None for goal in record["goals"])  # of a toy in the emulator
+    assert "these figures say nothing of a GPU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("N", [3, 80])  # by the kernels for few tokens, and by the grouped products
@@ -103,6 +112,14 @@ def test_a_peer_that_fails_or_errs_is_left_out_with_the_reason(weights, monkeypa
     assert skipped["wrong"].startswith("FloatingPointError: wrong, forward: the error is 1.0e+00")
 
 
+def test_a_peer_that_cannot_be_made_is_told_with_the_reason(weights, monkeypatch):
+    monkeypatch.setattr(moe, "PEERS", {"no_such_peer": "nobody"})
+    cases = moe.measure(weights, batch_of(2), 1, {"bfloat16": 1.0, "read": 1.0}, lambda: None)
+    (absent,) = (case for case in cases if "skipped" in case)
+    assert absent["contestant"] == "nobody"
+    assert absent["skipped"] == "ModuleNotFoundError: No module named 'tinymoe.bench.no_such_peer'"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -127,5 +144,43 @@ def test_peers_compute_the_same_block(weights, peer):
     batch = batch_of(9)
     sample, expected = moe.exact(weights, batch)
     for name, passes in module.contestants(weights, batch).items():
+        if name == "jax Pallas" and device.current() != "gpu":
+            continue
         for run in passes.values():
             assert moe._error(run(), sample, expected) < 1e-2, name
+
+
+def test_pallas_is_told_with_the_reason_where_it_cannot_run(weights):
+    pytest.importorskip("tinymoe.bench.moe_jax", reason="no such peer: pip install 'tinymoe[jax]'")
+    cases = moe.measure(weights, batch_of(9), 1, {"bfloat16": 1.0, "read": 1.0}, lambda: None)
+    (absent,) = (case for case in cases if case["contestant"] == "jax Pallas")
+    assert absent["skipped"].startswith(("ValueError: k=96 must be a multiple", "ModuleNotFoundError: No module"))
+
+
+def test_pallas_gradients_are_those_of_the_products_that_it_is_given(weights, monkeypatch):
+    module = pytest.importorskip("tinymoe.bench.moe_jax", reason="no such peer: pip install 'tinymoe[jax]'")
+    jax = module.jax
+
+    def along(x, w, group_sizes, transpose_rhs=False, **tiles):
+        return jax.lax.ragged_dot(x, w.swapaxes(1, 2) if transpose_rhs else w, group_sizes)
+
+    def transposed(x, y, group_sizes, **tiles):
+        inner = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+        return jax.lax.ragged_dot_general(x, y, group_sizes, inner)
+
+    ops = "jax.experimental.pallas.ops.gpu"
+    stand_ins = SimpleNamespace(
+        ragged_dot_mgpu=SimpleNamespace(ragged_dot=along),
+        transposed_ragged_dot_mgpu=SimpleNamespace(transposed_ragged_dot=transposed),
+    )
+    monkeypatch.setitem(sys.modules, ops, stand_ins)
+    x, dy, w13, w2 = (np.random.default_rng(0).standard_normal(s) for s in ((9, 8), (9, 8), (4, 20, 8), (4, 8, 10)))
+    experts, mixing = np.array([[1, 3]] * 4 + [[3, 0]] * 5), np.full((9, 2), 0.5)
+    arrays = [jax.numpy.asarray(a, "float32") for a in (x, w13, w2)]
+    rest = jax.numpy.asarray(experts), jax.numpy.asarray(mixing, "float32"), jax.numpy.asarray(dy, "float32")
+    y, grads = module.compiled((0,) * 5)[1](*arrays, *rest)
+    arrays[1:] = [w.swapaxes(1, 2) for w in arrays[1:]]
+    expected_y, expected = module.compiled(None)[1](*arrays, *rest)
+    np.testing.assert_allclose(y, expected_y, rtol=1e-5, atol=1e-5)
+    for found, wanted in zip(grads, (expected[0], *(w.swapaxes(1, 2) for w in expected[1:]))):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)

@@ -1,5 +1,7 @@
-"""Tables that are made of committed records: the directives `model-record` and `compile-record`."""
+"""What is made of committed records: the directives `model-record`, `compile-record` and `moe-record`."""
 
+import base64
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +12,12 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from tinymoe.bench.goals import newest, page
+from tinymoe.bench.roofline import described, roofline
+
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tinymoe" / "bench" / "records"
+UNMEASURED = "Nothing has been measured on a GPU yet: there is no record of `tinymoe bench moe` from one."
 COMPILE = ROOT / "docs" / "records" / "compile.json"
 
 
@@ -91,8 +97,26 @@ class CompileRecord(RecordDirective):
         return self.show(COMPILE, compile_record)
 
 
+class MoERecord(RecordDirective):
+    """The newest record of `tinymoe bench moe` on a GPU: its goals, its comparisons and its roofline."""
+
+    folder = MODEL
+
+    def run(self) -> list[nodes.Node]:
+        """Return its nodes."""
+        path = newest(self.folder)
+        if path is None:
+            return self.parse_text_to_nodes(UNMEASURED)
+        record, picture = json.loads(path.read_text()), io.BytesIO()
+        roofline(record).savefig(picture, format="png", dpi=120)
+        data = base64.b64encode(picture.getvalue()).decode()  # no file beside the sources that nobody wrote
+        image = nodes.image(uri=f"data:image/png;base64,{data}", alt=described(record))
+        return [*self.show(path, page), image]
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Take part in the build."""
     app.add_directive("model-record", ModelRecord)
     app.add_directive("compile-record", CompileRecord)
+    app.add_directive("moe-record", MoERecord)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

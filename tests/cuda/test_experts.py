@@ -91,3 +91,21 @@ def test_dense_feed_forward_equals_the_reference(where, S, D, F, dtype, order, r
             ffn_backward(dout, saved), reference.ffn_backward(dout64, expected_saved), strict=True
         ):
             assert_equivalent(found, wanted, floor=2 * np.linalg.norm(dout64))  # its terms may cancel
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+@given(routings(), st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 8]), dtypes, orders, rngs)
+def test_what_was_not_kept_is_computed_again_to_the_same_gradients(where, routed, D, F, packed, dtype, order, rng):
+    plan, E = reference.dispatch(routed.experts, routed.num_experts), routed.num_experts
+    D, F, S, N = packed * D, packed * F, plan.offsets[-1], len(routed.experts)  # packed: on tensor cores in bfloat16
+    with running(where, order):
+        arrays = [rng.standard_normal(s) for s in ((N, D), (E, F, D), (E, D, F), (E, F, D), (S, D))]
+        (x, *weights, dout), _ = on_device(*arrays, dtype=dtype)
+        offsets, rows = (device.array(np.array(a, np.int32)) for a in (plan.offsets, plan.tokens))
+        _, saved = gathered_ffn(x, rows, *weights, offsets)
+        kept = expert_ffn_backward(dout, saved)
+        assert_same_bits(expert_ffn_backward(dout, saved._replace(hidden=None, swiglu=None)), kept)
+        again = expert_ffn_backward(dout, saved._replace(hidden=None))
+        # Tensor cores make hidden of sums that are not rounded yet; gate and up are kept rounded.
+        assert_equivalent(again[2], device.host(kept[2]).astype(np.float64))
+        assert_same_bits([again[0], again[1], again[3]], [kept[0], kept[1], kept[3]])

@@ -3,7 +3,7 @@
 The block takes tokens and their routing, which is drawn, and gives the mixed outputs: dispatch, gather, the experts'
 products, SwiGLU, combine. All contestants compute the same block of the same data in bfloat16, and are compared with
 float64 on sampled tokens before they are timed; then they run in turns. ``dense`` is no contestant but the ceiling: two
-plain products of as many FLOPs.
+plain products of as many FLOPs. What the figures say of the goals stands at the end, and in the record.
 
 Its floor is the larger of its FLOPs over the rate of a large product and its bytes over the rate of reading, both
 measured in the same run. Weights are larger than any cache, so every round reads them from memory.
@@ -11,6 +11,7 @@ measured in the same run. Weights are larger than any cache, so every round read
 
 import importlib
 import json
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +22,12 @@ import numpy as np
 from tinymoe import cuda
 from tinymoe.atomic import replacing
 from tinymoe.bench.components import Draw
+from tinymoe.bench.goals import BOTH, CEILING, CUBLAS, FORWARD, GRAPH, OURS, comparisons, goals, told
 from tinymoe.bench.kernels import EMULATED, GPU, describe, find_ceilings
 from tinymoe.bench.timing import machine
 from tinymoe.cuda import device
 from tinymoe.cuda.dispatch import GatherSaved
-from tinymoe.cuda.experts import gathered_ffn
+from tinymoe.cuda.experts import ExpertsSaved, gathered_ffn
 from tinymoe.cuda.few_tokens import FEW_PAIRS, few_tokens_ffn
 from tinymoe.cuda.graph import Graph
 from tinymoe.cuda.linear import matmul
@@ -36,12 +38,14 @@ TOY = dict(D=64, F=96, E=8, k=2)
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 TOY_TOKENS = (1, 16, 80)
 ROUTINGS = ("uniform", "skewed")  # skewed: a half of all assignments go to one expert
-SAMPLED = 3  # tokens that are compared with float64
+SAMPLED = 8  # tokens that are compared with float64
 CLOSE = 2e-2  # largest relative error of a contestant
-OURS, CEILING = "tinymoe", "dense"
-HEADER = f"{'microseconds:':<34}{'median':>11} {'spread':>8}{'of floor':>10}{'TFLOP/s':>10}{'GB/s':>10}{'error':>10}"
+# What our training keeps of an expert's rows, in arrays of (S, F): gate, up and hidden; gate and up; none of them.
+KEPT = {BOTH: 3, "both, 2 kept": 2, "both, 0 kept": 0}
+PEERS = {"moe_peers": "torch and transformers", "moe_jax": "jax"}
+HEADER = f"{'microseconds:':<39}{'median':>11} {'spread':>8}{'of floor':>10}{'TFLOP/s':>10}{'GB/s':>10}{'error':>10}"
 
-Passes = dict[str, Callable[[], Any]]  # "forward"; "graph", the same as one; "both", forward + backward: return y
+Passes = dict[str, Callable[[], Any]]  # "forward"; "graph", the same as one; "both …", forward + backward: return y
 
 
 class Weights(NamedTuple):
@@ -89,7 +93,7 @@ def command(tokens: list[int] | None, rounds: int, out: str | None) -> None:
     ceilings, ahead = find_ceilings(rounds)
     ceilings["read"] = read_rate(rounds, ahead)
     cases: list[dict[str, Any]] = []
-    record = {
+    record: dict[str, Any] = {
         "machine": machine(),
         "device": device.current(),
         "note": GPU if here else EMULATED,
@@ -110,6 +114,8 @@ def command(tokens: list[int] | None, rounds: int, out: str | None) -> None:
             for case in measure(weights, batch, rounds, ceilings, ahead):
                 cases.append({"tokens": N, "routing": routing} | case)
                 print(line(cases[-1]), flush=True)
+    record |= {"comparisons": comparisons(record), "goals": [goal._asdict() for goal in goals(record)]}
+    print("", *told(record), sep="\n")
     if out:
         with replacing(Path(out)) as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n")
@@ -171,6 +177,8 @@ def measure(
         floor = max(flops / ceilings["bfloat16"], moved / ceilings["read"])
         figures = {"flops": flops, "bytes": moved, "floor": floor, "median": statistics.median(times[name, each])}
         timed = {"times": times[name, each], "waited": waited[name, each], "error": error}
+        if name == OURS and each in KEPT:
+            timed["kept"] = KEPT[each] * batch.experts.size * weights.w1.shape[1] * weights.w1.dtype.itemsize
         cases.append({"contestant": name, "pass": each} | figures | timed)
     return cases
 
@@ -180,21 +188,28 @@ def work(weights: Weights, batch: Batch, each: str) -> tuple[float, float]:
     (N, k), (E, F, D) = batch.experts.shape, weights.w1.shape
     chosen, element = len(np.unique(device.host(batch.experts))), weights.w1.dtype.itemsize
     flops, moved = 6 * N * k * D * F, element * (3 * chosen * D * F + 2 * N * D)
-    if each != "both":
+    if not each.startswith(BOTH):
         return flops, moved
     return 3 * flops, 2 * moved + element * (3 * E * D * F + N * D)  # and every gradient written
 
 
 def contestants(weights: Weights, batch: Batch) -> dict[str, Passes]:
     """Return the passes of all that are here, ours first."""
-    found = {OURS: ours(weights, batch), CEILING: dense(weights, batch), "loop of products": loop(weights, batch)}
-    for peer in ("moe_peers", "moe_jax"):
+    found = {OURS: ours(weights, batch), CEILING: dense(weights, batch), CUBLAS: loop(weights, batch)}
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or jax takes most of the memory
+    for peer, name in PEERS.items():
         try:
-            module = importlib.import_module(f"tinymoe.bench.{peer}")
-        except ImportError:  # not installed
-            continue
-        found |= module.contestants(weights, batch)
+            found |= importlib.import_module(f"tinymoe.bench.{peer}").contestants(weights, batch)
+        except Exception as failure:  # not installed, or of whatever kind: it is told with those that cannot run
+            found[name] = {FORWARD: _failing(failure)}
     return found
+
+
+def _failing(failure: Exception) -> Callable[[], Any]:
+    def fail() -> Any:
+        raise failure
+
+    return fail
 
 
 def ours(weights: Weights, batch: Batch) -> Passes:
@@ -202,28 +217,27 @@ def ours(weights: Weights, batch: Batch) -> Passes:
     x, dy, experts, mixing = batch
     few = experts.size <= FEW_PAIRS
 
-    def forward() -> tuple[Any, Callable[[], None]]:
+    def forward() -> tuple[Any, ExpertsSaved, Any]:
         plan = cuda.dispatch(experts, len(weights.w1))
         out, saved = gathered_ffn(x, plan.tokens, *weights, plan.offsets)
         y, combine_saved = cuda.combine(out, mixing, plan)
+        return y, saved, combine_saved
 
-        def backward() -> None:
-            dout, _ = cuda.combine_backward(dy, combine_saved)
-            drows, *_ = cuda.expert_ffn_backward(dout, saved)
-            cuda.gather_backward(drows, GatherSaved(plan))
-
-        return y, backward
-
-    def both() -> Any:
-        y, backward = forward()
-        backward()
+    def both(**forgotten: None) -> Any:
+        y, saved, combine_saved = forward()
+        saved = saved._replace(**forgotten)
+        dout, _ = cuda.combine_backward(dy, combine_saved)
+        drows, *_ = cuda.expert_ffn_backward(dout, saved)
+        cuda.gather_backward(drows, GatherSaved(combine_saved.plan))
         return y
 
     def decode() -> Any:
         return few_tokens_ffn(x, mixing, cuda.dispatch(experts, len(weights.w1)), *weights)
 
     alone = decode if few else lambda: forward()[0]
-    return {"forward": alone, "graph": Graph(alone), "both": both}
+    forgetful = both, lambda: both(hidden=None), lambda: both(hidden=None, swiglu=None)
+    passes: Passes = {FORWARD: alone, GRAPH: Graph(alone)}
+    return passes | dict(zip(KEPT, forgetful, strict=True))
 
 
 def dense(weights: Weights, batch: Batch) -> Passes:
@@ -242,7 +256,7 @@ def dense(weights: Weights, batch: Batch) -> Passes:
             matmul(dy, w)
             matmul(dy.T, of)
 
-    return {"forward": forward, "both": both}
+    return {FORWARD: forward, BOTH: both}
 
 
 def loop(weights: Weights, batch: Batch) -> Passes:
@@ -262,7 +276,7 @@ def loop(weights: Weights, batch: Batch) -> Passes:
                 out[end - count : end] = matmul(hidden, w2.T)
         return cuda.combine(out, mixing, plan)[0]
 
-    return {"forward": forward}
+    return {FORWARD: forward}
 
 
 def exact(weights: Weights, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -286,7 +300,7 @@ def line(case: dict[str, Any]) -> str:
     median, times, error = case["median"], case["times"], case["error"]
     rates = f"{case['flops'] / median / 1e12:>10.3g}{case['bytes'] / median / 1e9:>10.3g}"
     return (
-        f"  {case['contestant']:<24}{case['pass']:<8}{1e6 * median:>11.1f}{'*' if case['waited'] else ' '}"
+        f"  {case['contestant']:<24}{case['pass']:<13}{1e6 * median:>11.1f}{'*' if case['waited'] else ' '}"
         f"{(max(times) - min(times)) / median:>8.0%}{case['floor'] / median:>10.2%}{rates}"
         f"{'' if error is None else f'{error:.1e}':>10}"
     )

@@ -26,7 +26,11 @@ class FFNSaved(NamedTuple):
 
 
 class ExpertsSaved(NamedTuple):
-    """What the backward of `expert_ffn` needs."""
+    """What the backward of `expert_ffn` needs: all of it for speed, less for memory.
+
+    Without ``hidden`` it is written once more by the kernel that reads gate and up, a sixth array beside five; without
+    ``swiglu`` as well, which is 3·S·F elements, the first two products are done again.
+    """
 
     x: Any  # (N, D), or (S, D) without rows
     rows: Any  # (S,) the row of x in each slot, or None: x lies in expert order already
@@ -34,8 +38,8 @@ class ExpertsSaved(NamedTuple):
     w2: Any  # (E, D, F)
     w3: Any  # (E, F, D)
     offsets: Any  # (E + 1,)
-    hidden: Any  # (S, F)
-    swiglu: SwigluSaved
+    hidden: Any  # (S, F), or None
+    swiglu: SwigluSaved | None
 
 
 def swiglu(gate: Any, up: Any) -> tuple[Any, SwigluSaved]:
@@ -48,7 +52,7 @@ def swiglu(gate: Any, up: Any) -> tuple[Any, SwigluSaved]:
 def swiglu_backward(dhidden: Any, saved: SwigluSaved) -> tuple[Any, Any]:
     """Return dgate and dup."""
     dgate, dup = (device.empty(dhidden.shape, dhidden.dtype) for _ in range(2))
-    _elementwise("swiglu_backward", dhidden, *saved, dgate, dup)
+    _elementwise("swiglu_backward", dhidden, *saved, dgate, dup, None)
     return dgate, dup
 
 
@@ -81,15 +85,9 @@ def gathered_ffn(x: Any, rows: Any, w1: Any, w2: Any, w3: Any, offsets: Any) -> 
 
     Rung 5, whose copy engine cannot, takes a copy, here made once for all of its products.
     """
-    best = rung(x, *w1.shape[1:])
-    if best == "5_hopper" and rows is not None:
+    if rung(x, *w1.shape[1:]) == "5_hopper" and rows is not None:
         x, rows = gather_rows(x, rows), None
-    if best in ("4_tensor_core", "5_hopper"):
-        gate, up, hidden = grouped_swiglu(x, w1, w3, offsets, rows)  # (S, F)
-        swiglu_saved = SwigluSaved(gate, up)
-    else:
-        gate, up = grouped_linear(x, w1, offsets, rows), grouped_linear(x, w3, offsets, rows)
-        hidden, swiglu_saved = swiglu(gate, up)
+    hidden, swiglu_saved = _up(x, rows, w1, w3, offsets)
     out = grouped_linear(hidden, w2, offsets)  # (S, D)
     return out, ExpertsSaved(x, rows, w1, w2, w3, offsets, hidden, swiglu_saved)
 
@@ -100,11 +98,26 @@ def expert_ffn_backward(dout: Any, saved: ExpertsSaved) -> tuple[Any, Any, Any, 
     Weights of an expert without rows get exactly zero.
     """
     x, rows, w1, w2, w3, offsets, hidden, swiglu_saved = saved
-    dgate, dup = swiglu_backward(grouped_dx(dout, w2, offsets), swiglu_saved)  # (S, F)
+    if swiglu_saved is None:
+        hidden, swiglu_saved = _up(x, rows, w1, w3, offsets)
+    dhidden = grouped_dx(dout, w2, offsets)  # (S, F)
+    if hidden is None:
+        dgate, dup, hidden = (device.empty(dhidden.shape, dhidden.dtype) for _ in range(3))
+        _elementwise("swiglu_backward", dhidden, *swiglu_saved, dgate, dup, hidden)
+    else:
+        dgate, dup = swiglu_backward(dhidden, swiglu_saved)
     dw2 = grouped_dw(dout, hidden, offsets)
     dw1, dw3 = grouped_dw(dgate, x, offsets, rows), grouped_dw(dup, x, offsets, rows)
     dx = add(grouped_dx(dgate, w1, offsets), grouped_dx(dup, w3, offsets))
     return dx, dw1, dw2, dw3
+
+
+def _up(x: Any, rows: Any, w1: Any, w3: Any, offsets: Any) -> tuple[Any, SwigluSaved]:
+    """Return hidden, (S, F), and what it is made of: on tensor cores in one pass."""
+    if rung(x, *w1.shape[1:]) in ("4_tensor_core", "5_hopper"):
+        gate, up, hidden = grouped_swiglu(x, w1, w3, offsets, rows)
+        return hidden, SwigluSaved(gate, up)
+    return swiglu(grouped_linear(x, w1, offsets, rows), grouped_linear(x, w3, offsets, rows))
 
 
 def _elementwise(kernel: str, *arrays: Any) -> None:

@@ -1,7 +1,7 @@
 // SwiGLU, element by element: hidden = silu(gate) * up, with silu(z) = z sigmoid(z).
 //
-// Grid: a thread per element, in a stride of the whole grid. Bytes: forward 3, backward 5 elements moved for each; a few
-// FLOPs; bound by memory, which is why the tensor-core rung of the grouped GEMM does it before it stores gate and up.
+// Grid: a thread per element, in a stride of the whole grid. Bytes: forward 3, backward 5 elements moved for each, or 6; a
+// few FLOPs; bound by memory, which is why the tensor-core rung of the grouped GEMM does it before it stores gate and up.
 #include "prelude.h"
 
 __device__ __forceinline__ float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
@@ -14,13 +14,15 @@ __global__ void swiglu_forward(const T *gate, const T *up, T *hidden, int64_t si
     }
 }
 
-// dgate = dhidden up (s + z s (1 - s)) with s = sigmoid(z), z the gate;  dup = dhidden z s.
+// dgate = dhidden up (s + z s (1 - s)) with s = sigmoid(z), z the gate;  dup = dhidden z s. All that hidden is made of is
+// at hand: unless it is null it is written once more, for a forward that did not keep it.
 template <class T>
-__global__ void swiglu_backward(const T *dhidden, const T *gate, const T *up, T *dgate, T *dup, int64_t size) {
+__global__ void swiglu_backward(const T *dhidden, const T *gate, const T *up, T *dgate, T *dup, T *hidden, int64_t size) {
     for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < size; i += (int64_t)gridDim.x * blockDim.x) {
-        const float z = to_float(gate[i]), s = sigmoid(z), silu = z * s, d = to_float(dhidden[i]);
-        dgate[i] = from_float<T>(d * to_float(up[i]) * (s + silu * (1 - s)));
+        const float z = to_float(gate[i]), s = sigmoid(z), silu = z * s, d = to_float(dhidden[i]), u = to_float(up[i]);
+        dgate[i] = from_float<T>(d * u * (s + silu * (1 - s)));
         dup[i] = from_float<T>(d * silu);
+        if (hidden) hidden[i] = from_float<T>(silu * u);
     }
 }
 
