@@ -63,12 +63,14 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "for(intby=1;by<=WARP;by*=2){": "no lane is as high as WARP",
         "for(intby=1;by+1<WARP;by*=2){": "the powers of two below are the same",
     },
-    "few_tokens.cu": {
+    "few_rows.h": {
         "for(intr=0;r<=MOST;r++){": "count is at most MOST, and ends it",
         "for(intn=0;n<=MOST/COLUMNS;n++){": "count is at most MOST, and ends it",
         "if(n*COLUMNS>count)break;": "one more product, of no row: nothing of it is stored",
         "for(intstep=warp*STEP;step+1<inner;step+=WARPS*STEP){": "step and inner are multiples of STEP",
         "for(intword=0;word+1<4;word+=2)": "word is even",
+    },
+    "few_tokens.cu": {
         "for(intfirst=offsets[e],end=offsets[e+1];first<=end;first+=By::MOST){": "one more pass, of no rows",
     },
     "gate.h": {
@@ -77,9 +79,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if(first+t>E)break;": "one more sum, of zeros, in a place of no expert",
     },
     "linear.cu": {
-        "if(column>outer)return;": "a warp beyond the last row stores nothing",
-        "for(intfirst=0;first<=N;first+=MOST){": "one more pass, of no rows",
-        "for(intr=0;r<=MOST;r++){": "count is at most MOST, and ends it",
+        "for(intfirst=0;first<=N;first+=By::MOST){": "one more pass, of no rows",
     },
     "ragged.h": {
         "for(inte=0;e<=experts;e++)tiles+=((e+1<experts?": "a tile too many has nothing to do",

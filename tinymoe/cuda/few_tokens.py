@@ -5,11 +5,9 @@ from typing import Any
 from tinymoe.cuda import device
 from tinymoe.cuda.dispatch import FEW_PAIRS as FEW_PAIRS  # (token, choice) pairs; beyond, the ladder is for it
 from tinymoe.cuda.dispatch import Plan
+from tinymoe.cuda.few_rows import MOST_WARPS, ROWS, TILE, WAYS, instance
 
-TILE, ROWS = 16, 32  # rows of weights of a block: of each matrix of few_up, of few_down
-UP_WARPS, DOWN_WARPS = 8, 16
-STEP = 64  # elements of a row that a warp multiplies at once on tensor cores
-WAYS = "{T}, Lanes<1>", "float, Lanes<4>", "bfloat16, Lanes<8>", "bfloat16, TensorCores"
+UP_WARPS, DOWN_WARPS = MOST_WARPS // 2, MOST_WARPS  # of a block
 KERNELS = device.Kernels("few_tokens.cu", *(f"{kernel}<{way}>" for kernel in ("few_up", "few_down") for way in WAYS))
 
 
@@ -37,25 +35,16 @@ def few_tokens_ffn(x: Any, weights: Any, plan: Plan, w1: Any, w2: Any, w3: Any) 
     (N, k), (E, F, D) = weights.shape, w1.shape
     hidden, y = device.empty((N * k, F), x.dtype), device.empty((N, D), x.dtype)
     KERNELS.launch(
-        _of("few_up", x, D),
+        instance("few_up", x, D),
         (-(-F // TILE), min(E, N * k)),
         32 * UP_WARPS,
         *(x, plan.tokens, w1, w3, plan.offsets, hidden, E, D, F),
     )
     KERNELS.launch(
-        _of("few_down", x, F),
+        instance("few_down", x, F),
         -(-D // ROWS),
         32 * DOWN_WARPS,
         *(hidden, w2, weights, plan.slots, plan.offsets, y, N, k, E, F, D),
         shared=ROWS * N * k * 4,
     )
     return y
-
-
-def _of(kernel: str, x: Any, inner: int) -> str:
-    """Return the instantiation for rows of so many elements: on tensor cores, or by loads of 16 bytes, if they fit."""
-    T = device.ctype(x)
-    if T == "bfloat16" and inner % STEP == 0:
-        return f"{kernel}<{T}, TensorCores>"
-    width = 16 // x.dtype.itemsize
-    return f"{kernel}<{T}, Lanes<{width if inner % width == 0 else 1}>>"

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinymoe.cuda import device
+from tinymoe.cuda.few_rows import MOST_WARPS, ROWS, WAYS, instance
 
-WARPS, OWNED = 4, 2  # of a block of linear_few; rows of w that a warp multiplies by
-KERNELS = device.Kernels("linear.cu", *(f"linear_few<{T}>" for T in ("{T}, 1", "float, 4", "bfloat16, 8")))
+KERNELS = device.Kernels("linear.cu", *(f"linear_few<{way}>" for way in WAYS))
 
 
 class LinearSaved(NamedTuple):
@@ -30,12 +30,13 @@ def linear(x: Any, w: Any) -> tuple[Any, LinearSaved]:
 def linear_few(x: Any, w: Any) -> Any:
     """Compute y = x wᵀ of a few rows: (N, D_in), (D_out, D_in) → (N, D_out).
 
-    Summed in float32 and rounded once, as `linear`; a kernel of ours, which reads w once for every 16 rows of x.
+    Summed in float32 and rounded once, as `linear`; a kernel of ours, which reads w once for every 32 rows of x on
+    tensor cores, and for every 12 without them.
     """
-    (N, inner), outer, width = x.shape, len(w), 16 // x.dtype.itemsize
-    expression = f"linear_few<{device.ctype(x)}, {width if inner % width == 0 else 1}>"
+    (N, inner), outer = x.shape, len(w)
     y = device.empty((N, outer), x.dtype)
-    KERNELS.launch(expression, -(-outer // (WARPS * OWNED)), 32 * WARPS, x, w, y, N, inner, outer)
+    expression = instance("linear_few", x, inner)
+    KERNELS.launch(expression, -(-outer // ROWS), 32 * MOST_WARPS, x, w, y, N, inner, outer)
     return y
 
 
