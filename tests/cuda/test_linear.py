@@ -12,7 +12,7 @@ from tinymoe.cuda import device
 from tinymoe.cuda.linear import linear, linear_backward, linear_few, matmul
 
 sizes = st.integers(1, 70)
-inner_sizes = sizes | st.integers(1, 70).map(lambda n: 8 * n) | st.integers(1, 9).map(lambda n: 64 * n)  # of 16 bytes, of steps
+inner_sizes = sizes | st.integers(1, 70).map(lambda n: 8 * n) | st.integers(1, 9).map(lambda n: 64 * n)
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)
