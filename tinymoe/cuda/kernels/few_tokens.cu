@@ -14,7 +14,8 @@ constexpr int UP_WARPS = MOST_WARPS / 2, DOWN_WARPS = MOST_WARPS;  // of a block
 // x (N, inner), tokens (S,); w1, w3 (E, outer, inner); hidden (S, outer), of which slots that nobody owns stay as they are.
 template <class T, class By>
 __global__ void __launch_bounds__(UP_WARPS * WARP, MOST_WARPS / UP_WARPS)
-    few_up(const T *x, const int *tokens, const T *w1, const T *w3, const int *offsets, T *hidden, int E, int inner, int outer) {
+    few_up(const T *x, const int *tokens, const T *w1, const T *w3, const int *offsets, T *hidden, int E, int inner,
+           int outer) {
     __shared__ float products[By::MOST * ROWS];
     const int column = blockIdx.x * TILE, mine = blockIdx.y;
     int e = -1, busy = 0;  // the expert that has work, as `mine` before it have; how many there are
