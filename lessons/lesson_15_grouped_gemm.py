@@ -7,9 +7,9 @@ were sent there, groups of any size, possibly empty. A GPU can multiply far fast
 be cut up so that its time is not spent on loading, and what does each cut save?
 
 tinymoe has five complete kernels for it, called rungs, in ``tinymoe/cuda/kernels/grouped_gemm/``: naive, tiles in
-shared memory, tiles in registers, tensor cores, and, in two steps, Hopper's way to feed them. We derive what each has to
-move, look at the lines that do it, *count* what the first four really move, and run them all on ragged groups against
-NumPy.
+shared memory, tiles in registers, tensor cores, and, in two steps, Hopper's way to feed them. We derive what each has
+to move, look at the lines that do it, *count* what the first four really move, and run them all on ragged groups
+against NumPy.
 
 **No rung has been timed on a GPU yet.** Nothing below is a speed. What is derived and counted are operations, operands
 and bytes, which are the same on every machine; where a device's ceilings are needed, they are its datasheet's.
@@ -307,28 +307,29 @@ assert per_product == operands(64, 32)
 # --------------
 # ``mma.sync`` wants its operands in registers, and the instructions that bring them there should cost an H100's tensor
 # cores much of their time; that is the expectation, to be measured. Hopper's ``wgmma`` lets four warps, a warpgroup,
-# multiply 64 × 128 × 16 or 64 × 256 × 16 with both operands in shared memory, where a copy engine (TMA) puts whole boxes
-# of a matrix when one thread asks for them. The first step changes nothing else: rung 4's tile, and a loop of all
-# threads. Each of three stages has a barrier in memory, and thread 0 says how many bytes must come before its phase ends:
+# multiply 64 × 128 × 16 or 64 × 256 × 16 with both operands in shared memory, where a copy engine (TMA) puts whole
+# boxes of a matrix when one thread asks for them. The first step changes nothing else: rung 4's tile, and a loop of all
+# threads. Each of three stages has a barrier in memory, and thread 0 says how many bytes must come before its phase
+# ends:
 show("5_wgmma", "const auto ask", "};")
 
 # %%
-# All wait for that, two warpgroups multiply, and when nobody reads the stage any more thread 0 asks for what comes three
-# steps later. A barrier's phases have parities 0, 1, 0, …, and who waits names the parity of the phase whose end it
-# needs:
+# All wait for that, two warpgroups multiply, and when nobody reads the stage any more thread 0 asks for what comes
+# three steps later. A barrier's phases have parities 0, 1, 0, …, and who waits names the parity of the phase whose end
+# it needs:
 show("5_wgmma", "mbarrier_wait(shared->full", "ask(step + STAGES)")
 
 # %%
 # In each step the tensor cores wait for the last product, and for all threads to meet. A second block on the same
 # multiprocessor may fill the gap. The second step, ``5_hopper``, closes it, and the block becomes a small factory: one
-# *producer* asks for boxes, two warpgroups of *consumers* multiply, 128 × 256 outputs. They meet at two barriers for each
-# of four stages. The producer:
+# *producer* asks for boxes, two warpgroups of *consumers* multiply, 128 × 256 outputs. They meet at two barriers for
+# each of four stages. The producer:
 show("5_hopper", "for (int deep = 0; deep < tile.inner", "}")
 
 # %%
-# It waits until the stage is empty (one that has never been used counts as empty, hence ``^ 1``), says how many bytes it
-# expects, and names the boxes. The consumers wait until those bytes have come, and hand back the stage *before*, whose
-# products are known to be done:
+# It waits until the stage is empty (one that has never been used counts as empty, hence ``^ 1``), says how many bytes
+# it expects, and names the boxes. The consumers wait until those bytes have come, and hand back the stage *before*,
+# whose products are known to be done:
 show("5_hopper", "mbarrier_wait(shared.full", "before = turn.stage")
 
 # %%
@@ -336,8 +337,9 @@ show("5_hopper", "mbarrier_wait(shared.full", "before = turn.stage")
 # consumers store one, the producer loads the next. What it takes for granted is that rows lie in expert order, since a
 # box has no address for each row: x is gathered once, for both products that read it and for their gradients. The lines
 # for ``GATHERED`` belong to a variant that makes no such copy: 128 threads of the producer gather rows by rung 4's
-# ``cp.async``, which arrives at the barrier by itself, and the consumers put a fence between those writes and ``wgmma``,
-# which reads by another path. By its bytes the copy is 1 % of a layer's time at 16384 tokens, so there is little to gain.
+# ``cp.async``, which arrives at the barrier by itself, and the consumers put a fence between those writes and
+# ``wgmma``, which reads by another path. By its bytes the copy is 1 % of a layer's time at 16384 tokens, so there is
+# little to gain.
 #
 # Side by side, by the formula, for full tiles (of shared memory what is read; on rungs 4 and 5 a word counts once for
 # the warp or warpgroup that it serves).
@@ -409,8 +411,8 @@ plt.show()
 #
 # Checked against NumPy
 # ---------------------
-# All of them through the library, in the emulator's checked build (lesson 13), with rows gathered from 50 tokens, as the
-# first product of a layer does. Small integers make every sum exact, so that "equal" can mean equal; rungs 4 and 5
+# All of them through the library, in the emulator's checked build (lesson 13), with rows gathered from 50 tokens, as
+# the first product of a layer does. Small integers make every sum exact, so that "equal" can mean equal; rungs 4 and 5
 # round the result to bfloat16.
 tokens = np.random.default_rng(2).integers(0, 50, S).astype(np.int32)
 exact = in_numpy(x[tokens], w)
