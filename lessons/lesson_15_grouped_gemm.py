@@ -7,8 +7,9 @@ were sent there, groups of any size, possibly empty. A GPU can multiply far fast
 be cut up so that its time is not spent on loading, and what does each cut save?
 
 tinymoe has five complete kernels for it, called rungs, in ``tinymoe/cuda/kernels/grouped_gemm/``: naive, tiles in
-shared memory, tiles in registers, tensor cores, and Hopper's way to feed them. We derive what each has to move, look at
-the lines that do it, *count* what the first four really move, and run them all on ragged groups against NumPy.
+shared memory, tiles in registers, tensor cores, and, in two steps, Hopper's way to feed them. We derive what each has
+to move, look at the lines that do it, *count* what the first four really move, and run them all on ragged groups
+against NumPy.
 
 **No rung has been timed on a GPU yet.** Nothing below is a speed. What is derived and counted are operations, operands
 and bytes, which are the same on every machine; where a device's ceilings are needed, they are its datasheet's.
@@ -80,6 +81,7 @@ LEVELS = {  # rung: (rows, columns) of what shares loads from memory (rung 1: no
     "2_tiled": ((32, 32), (1, 1)),
     "3_register": ((128, 128), (8, 8)),
     "4_tensor_core": ((128, 128), (64, 32)),
+    "5_wgmma": ((128, 128), (64, 128)),
     "5_hopper": ((128, 256), (64, 256)),
 }
 for name, (block, owner) in LEVELS.items():
@@ -93,8 +95,8 @@ for name, (block, owner) in LEVELS.items():
 # last tile may be partly empty. The grid, however, is launched before the host knows the routing. Rungs 1 to 4 take
 # ``slots / height + experts + 1`` row tiles, enough for every routing (exercise 2), and each block finds out by a walk
 # over the offsets which expert's tile it is; the surplus ones have nothing to store. Rows that no expert owns, of
-# dropped pairs, are one group more, and become zeros. (Rung 5 has a block for each multiprocessor, which walks from
-# tile to tile.)
+# dropped pairs, are one group more, and become zeros. (The last step has a block for each multiprocessor, which
+# walks from tile to tile.)
 groups = [140, 0, 37, 5]  # rows of four experts: the second has none
 offsets = np.concatenate([[0], np.cumsum(groups)])
 S, inner, outer = sum(groups), 64, 160
@@ -304,24 +306,40 @@ assert per_product == operands(64, 32)
 # Rung 5: Hopper
 # --------------
 # ``mma.sync`` wants its operands in registers, and the instructions that bring them there should cost an H100's tensor
-# cores much of their time; that is the expectation, to be measured. Hopper's ``wgmma`` lets four warps multiply 64 ×
-# 256 × 16 with both operands in shared memory, where a copy engine (TMA) puts whole boxes of a matrix when one thread
-# asks for them. The others need not load, and the block becomes a small factory: one *producer* asks for boxes, two
-# warpgroups of
-# *consumers* multiply. They meet at barriers in memory, two for each of four stages. The producer:
+# cores much of their time; that is the expectation, to be measured. Hopper's ``wgmma`` lets four warps, a warpgroup,
+# multiply 64 × 128 × 16 or 64 × 256 × 16 with both operands in shared memory, where a copy engine (TMA) puts whole
+# boxes of a matrix when one thread asks for them. The first step changes nothing else: rung 4's tile, and a loop of all
+# threads. Each of three stages has a barrier in memory, and thread 0 says how many bytes must come before its phase
+# ends:
+show("5_wgmma", "const auto ask", "};")
+
+# %%
+# All wait for that, two warpgroups multiply, and when nobody reads the stage any more thread 0 asks for what comes
+# three steps later. A barrier's phases have parities 0, 1, 0, …, and who waits names the parity of the phase whose end
+# it needs:
+show("5_wgmma", "mbarrier_wait(shared->full", "ask(step + STAGES)")
+
+# %%
+# In each step the tensor cores wait for the last product, and for all threads to meet. A second block on the same
+# multiprocessor may fill the gap. The second step, ``5_hopper``, closes it, and the block becomes a small factory: one
+# *producer* asks for boxes, two warpgroups of *consumers* multiply, 128 × 256 outputs. They meet at two barriers for
+# each of four stages. The producer:
 show("5_hopper", "for (int deep = 0; deep < tile.inner", "}")
 
 # %%
-# It waits until the stage is empty, says how many bytes it expects, and names the boxes. A barrier's phases have
-# parities 0, 1, 0, …, and who waits names the parity of the phase whose end it needs: a stage that has never been used
-# counts as empty, hence ``^ 1``. The consumers wait until those
-# bytes have come, and hand back the stage *before*, whose products are known to be done:
+# It waits until the stage is empty (one that has never been used counts as empty, hence ``^ 1``), says how many bytes
+# it expects, and names the boxes. The consumers wait until those bytes have come, and hand back the stage *before*,
+# whose products are known to be done:
 show("5_hopper", "mbarrier_wait(shared.full", "before = turn.stage")
 
 # %%
 # Loading does not stop between two tiles either: a block takes every so many-th tile of the grid, and while the
 # consumers store one, the producer loads the next. What it takes for granted is that rows lie in expert order, since a
-# box has no address for each row: x is gathered once, for both products that read it and for their gradients.
+# box has no address for each row: x is gathered once, for both products that read it and for their gradients. The lines
+# for ``GATHERED`` belong to a variant that makes no such copy: 128 threads of the producer gather rows by rung 4's
+# ``cp.async``, which arrives at the barrier by itself, and the consumers put a fence between those writes and
+# ``wgmma``, which reads by another path. By its bytes the copy is 1 % of a layer's time at 16384 tokens, so there is
+# little to gain.
 #
 # Side by side, by the formula, for full tiles (of shared memory what is read; on rungs 4 and 5 a word counts once for
 # the warp or warpgroup that it serves).
@@ -331,9 +349,9 @@ sizes = {name: 2 if RUNGS[name].only_bfloat16 else 4 for name in names}  # bytes
 of_global = [sizes[name] * operands(*LEVELS[name][0]) for name in names]
 of_shared = [sizes[name] * operands(*LEVELS[name][1]) if LEVELS[name][1] else 0 for name in names]
 for shift, values, label in ((-width / 2, of_global, "global memory"), (width / 2, of_shared, "shared memory")):
-    bars = axes.bar(np.arange(5) + shift, values, width, label=label)
+    bars = axes.bar(np.arange(len(names)) + shift, values, width, label=label)
     axes.bar_label(bars, [f"{v:.3g}" if v else "" for v in values], fontsize=8)
-axes.set(yscale="log", ylim=(0.02, 30), ylabel="bytes per multiply-add", xticks=range(5), xticklabels=names)
+axes.set(yscale="log", ylim=(0.02, 30), ylabel="bytes per multiply-add", xticks=range(len(names)), xticklabels=names)
 axes.legend()
 axes.set_title("By the formula: bytes per multiply-add fall from 8 to 0.02 and 0.04")
 plt.show()
@@ -343,7 +361,7 @@ print("FLOPs per byte of global memory:", {name: 2 / value for name, value in zi
 # Rung 4 does 64 FLOPs for a byte that it asks of global memory, and the datasheet's ridge is at 206. Is it lost? Blocks
 # beside each other ask for the same tiles, and the second time they come from the L2 cache, so the memory itself sees
 # less. How much less is for a GPU to measure. From rung 3 to rung 4 the tile is the same, and the
-# step is that of float32 to bfloat16. The last rung asks for less to begin with, 85 FLOPs a byte, by a wider tile.
+# step is that of float32 to bfloat16. The last step asks for less to begin with, 85 FLOPs a byte, by a wider tile.
 #
 # What a lane holds
 # -----------------
@@ -393,8 +411,8 @@ plt.show()
 #
 # Checked against NumPy
 # ---------------------
-# All five through the library, in the emulator's checked build (lesson 13), with rows gathered from 50 tokens, as the
-# first product of a layer does. Small integers make every sum exact, so that "equal" can mean equal; rungs 4 and 5
+# All of them through the library, in the emulator's checked build (lesson 13), with rows gathered from 50 tokens, as
+# the first product of a layer does. Small integers make every sum exact, so that "equal" can mean equal; rungs 4 and 5
 # round the result to bfloat16.
 tokens = np.random.default_rng(2).integers(0, 50, S).astype(np.int32)
 exact = in_numpy(x[tokens], w)
