@@ -31,7 +31,7 @@ class Goal(NamedTuple):
     found
         In the record; where the goal is for several cases, the least of theirs. None: not measured.
     case
-        The case that it is of.
+        Where the goal is for several: which of them that is.
     met
         None: not measured, or not on a GPU.
     """
@@ -94,6 +94,7 @@ def goals(record: dict[str, Any]) -> list[Goal]:
         if not found:
             return Goal(name, least, None, "", None)
         value, case = min(found)
+        case = case if len(found) > 1 else ""
         return Goal(name, least, value, case, (value > least if ahead else value >= least) if judged else None)
 
     def of(chosen: list[dict[str, Any]], what: str) -> list[tuple[float, str]]:
@@ -103,17 +104,17 @@ def goals(record: dict[str, Any]) -> list[Goal]:
     for each, tokens, least in OF_DENSE:
         chosen = [row for row in even if (row["tokens"], row["pass"]) == (tokens, each)]
         passes = "forward" if each == FORWARD else "forward and backward"
-        found.append(goal(f"{passes} of {tokens} tokens, of dense cuBLAS's throughput", least, of(chosen, "of_dense")))
+        found.append(goal(f"{passes}, N = {tokens}: of dense cuBLAS's throughput", least, of(chosen, "of_dense")))
     many = [row for row in rows if row["tokens"] >= MANY and row["routing"] != "uniform"]
-    found.append(goal("skewed routing, of uniform routing's throughput", OF_UNIFORM, of(many, "of_uniform")))
+    found.append(goal("skewed routing: of uniform routing's throughput", OF_UNIFORM, of(many, "of_uniform")))
     for tokens, least in OF_READING:
         chosen = [row for row in even if (row["tokens"], row["pass"]) == (tokens, FORWARD)]
-        found.append(goal(f"forward of {tokens} tokens, of the rate of reading", least, of(chosen, "of_read")))
+        found.append(goal(f"forward, N = {tokens}: of the rate of reading", least, of(chosen, "of_read")))
     peers = [(time, f"{name}, {_case(row)}") for row in rows for name, time in row["peers"].items()]
-    found.append(goal("the time of every peer, of ours: ahead", 1.0, peers, ahead=True))
+    found.append(goal("every peer's time: of ours, which is to be less", 1.0, peers, ahead=True))
     # To as many digits as so few sampled tokens give.
     errors = [(round(row["cublas_error"] / row["error"], 2), _case(row)) for row in rows if row["cublas_error"]]
-    found.append(goal("the error of cuBLAS's products, of ours", 1.0, errors))
+    found.append(goal("the error of cuBLAS's products: of ours", 1.0, errors))
     return found
 
 
@@ -121,8 +122,7 @@ def told(record: dict[str, Any]) -> Iterator[str]:
     """Yield the lines that a terminal shows of the goals."""
     yield "goals" if record["device"] == "gpu" else NO_GPU
     for name, least, found, case, met in goals(record):
-        figure = f"{'–':>6}" if found is None else f"{found:>6.2f}"
-        yield f"  {verdict(found, met):<13}{figure} of {least:<5}{name}{case and f' ({case})'}"
+        yield f"  {verdict(found, met):<13}{_figure(found):>6}, at least {least:.2f}: {name}{case and f' ({case})'}"
     for name, reason in absent(record).items():
         yield f"  not compared: {name}: {reason}"
 
@@ -138,7 +138,7 @@ def page(record: dict[str, Any]) -> Iterator[str]:
     yield from _table(
         head,
         [
-            [name, f"{least:.2f}", "–" if found is None else f"{found:.2f}", verdict(found, met), case]
+            [name, f"{least:.2f}", _figure(found), verdict(found, met), case]
             for name, least, found, case, met in goals(record)
         ],
     )
