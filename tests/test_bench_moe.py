@@ -46,6 +46,7 @@ def test_every_contestant_is_timed_and_ours_is_right(tmp_path, capsys):
     assert {
         ("tinymoe", "forward"),
         ("tinymoe", "graph"),
+        ("tinymoe", moe.GATHERING),
         *(("tinymoe", each) for each in moe.KEPT),
         ("dense", "both"),
         ("loop of products", "forward"),
@@ -53,10 +54,10 @@ def test_every_contestant_is_timed_and_ours_is_right(tmp_path, capsys):
     for case in timed:
         assert case["median"] > 0
         assert case["error"] is None if case["contestant"] == "dense" else case["error"] < 1e-2
-    kept = {case["pass"]: case["kept"] for case in timed if "kept" in case and case["tokens"] == 40}
-    assert kept == {each: arrays * 80 * 96 * 2 for each, arrays in moe.KEPT.items()}  # of (S, F), two bytes each
+    kept = {case["pass"]: case["kept"] for case in timed if "kept" in case and case["tokens"] == 80}
+    assert kept == {each: arrays * 160 * 96 * 2 for each, arrays in moe.KEPT.items()}  # of (S, F), two bytes each
     assert {(of["tokens"], of["pass"]) for of in record["comparisons"]} == {
-        (N, each) for N in (3, 40) for each in ("forward", "both")
+        (N, each) for N in (3, 80) for each in ("forward", "both")
     }
     assert len(record["goals"]) == 10
     assert all(goal["met"] is None for goal in record["goals"])  # of a toy in the emulator

@@ -30,6 +30,7 @@ from tinymoe.cuda.dispatch import GatherSaved
 from tinymoe.cuda.experts import ExpertsSaved, gathered_ffn
 from tinymoe.cuda.few_tokens import FEW_PAIRS, few_tokens_ffn
 from tinymoe.cuda.graph import Graph
+from tinymoe.cuda.grouped_gemm import grouped_linear, grouped_swiglu
 from tinymoe.cuda.linear import matmul
 from tinymoe.errors import InputError
 
@@ -42,6 +43,7 @@ SAMPLED = 8  # tokens that are compared with float64
 CLOSE = 2e-2  # largest relative error of a contestant
 # What our training keeps of an expert's rows, in arrays of (S, F): gate, up and hidden; gate and up; none of them.
 KEPT = {BOTH: 3, "both, 2 kept": 2, "both, 0 kept": 0}
+GATHERING = "gathering"  # the forward, whose first product gathers its rows by itself
 PEERS = {"moe_peers": "torch and transformers", "moe_jax": "jax"}
 HEADER = f"{'microseconds:':<39}{'median':>11} {'spread':>8}{'of floor':>10}{'TFLOP/s':>10}{'GB/s':>10}{'error':>10}"
 
@@ -234,9 +236,17 @@ def ours(weights: Weights, batch: Batch) -> Passes:
     def decode() -> Any:
         return few_tokens_ffn(x, mixing, cuda.dispatch(experts, len(weights.w1)), *weights)
 
+    def gathering() -> Any:
+        plan = cuda.dispatch(experts, len(weights.w1))
+        rows = plan.offsets, plan.tokens
+        _, _, hidden = grouped_swiglu(x, weights.w1, weights.w3, *rows, "5_hopper_gather")
+        return cuda.combine(grouped_linear(hidden, weights.w2, plan.offsets), mixing, plan)[0]
+
     alone = decode if few else lambda: forward()[0]
     forgetful = both, lambda: both(hidden=None), lambda: both(hidden=None, swiglu=None)
     passes: Passes = {FORWARD: alone, GRAPH: Graph(alone)}
+    if not few and device.architecture() in ("sm_90a", None):  # rung 5's variant, beside the copy that it spares
+        passes[GATHERING] = gathering
     return passes | dict(zip(KEPT, forgetful, strict=True))
 
 
