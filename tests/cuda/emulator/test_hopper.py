@@ -106,6 +106,13 @@ def test_pipeline_equals_numpy_bit_for_bit(where, m, n, k, stages, layout, seed,
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)
+def test_a_block_leaves_no_barriers_to_the_next(where):
+    a, b = integers(0, 1200, 8), integers(1, 8, 1200)  # 361 blocks of 6 barriers, of which one block may have 1886
+    with device.using(where):
+        assert np.array_equal(multiply(a, b, stages=3), a @ b)
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
 @pytest.mark.parametrize("n", [64, 128, 256])
 def test_product_of_what_the_warpgroup_wrote(where, n):
     a, b = integers(0, 64, 16), integers(1, n, 16)
