@@ -94,7 +94,8 @@ def test_terminal_and_page_show_figures_verdicts_and_who_was_absent(record):
     assert len({row.count("|") for row in rows[:12]}) == 1  # the goals
     assert "| 4096 | uniform | forward | 0.95 | – |" in page
     assert "| 256 | uniform | forward | – | 0.91 |" in page
-    assert "| 4096 | both | 1 |" in page  # a megabyte kept
+    assert "| 4096 | both | 1 | 1.000 |" in page  # a megabyte kept
+    assert "| 4096 | both, 0 kept | 0 | 1.250 |" in page
 
 
 def test_roofline_has_a_point_for_every_contestant_and_token_count_under_both_ceilings(record):

@@ -155,13 +155,14 @@ def page(record: dict[str, Any]) -> Iterator[str]:
     kept = [case for case in record["cases"] if "kept" in case and case["routing"] == "uniform"]
     if kept:
         yield ""
-        yield "What training keeps of the experts' rows, and the time of forward and backward with it:"
+        yield "What training keeps of the experts' rows, and the time of forward and backward over that with all of it:"
         yield ""
-        rows = [
-            [str(case["tokens"]), case["pass"], f"{case['kept'] / 1e6:,.4g}", f"{1e3 * case['median']:.4g}"]
-            for case in kept
-        ]
-        yield from _table(["tokens", "pass", "megabytes kept", "milliseconds"], rows)
+        whole = {case["tokens"]: case["median"] for case in kept if case["pass"] == BOTH}
+        rows = []
+        for case in kept:
+            over = case["median"] / whole[case["tokens"]]
+            rows.append([str(case["tokens"]), case["pass"], f"{case['kept'] / 1e6:,.4g}", f"{over:.3f}"])
+        yield from _table(["tokens", "pass", "megabytes kept", "time"], rows)
     missing = absent(record)
     if missing:
         yield ""
