@@ -37,6 +37,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "5_hopper.cu": {
         "if((A_WIDE||B_WIDE)&&inner-deep<=DEPTH)": "of a whole stage it clears nothing",
         "if(deep-1>0)release(before);": "deep is a multiple of DEPTH",
+        "if(GATHERED)/*commit_copies()": "consumers wait for the copies, at a barrier",
+        "if(GATHERED)commit_copies(),wait_for_copies<0+1>": "consumers wait for the copies, at a barrier",
         "constboolvalid=slot<tile.end&&column+1<tile.inner;": "column and inner are multiples of 8",
     },
     "hopper_tile.h": {

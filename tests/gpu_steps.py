@@ -8,9 +8,11 @@ import argparse
 import datetime
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tinymoe.cuda.device import gpu_is_there
@@ -44,10 +46,15 @@ def run(name, command):
     print(f"\n== {name}: {' '.join(command)}", flush=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     began = time.monotonic()
+    step = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
-        status = subprocess.run(command, cwd=ROOT, env=environment, timeout=LONGEST).returncode
+        status = step.wait(LONGEST)
     except subprocess.TimeoutExpired:
         return f"failed: not done after {LONGEST} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(step.pid, signal.SIGKILL)  # whatever it has started: the next step is to have the GPU alone
+        step.wait()
     return f"{f'failed: status {status}' if status else 'passed'}, {time.monotonic() - began:.0f} s"
 
 

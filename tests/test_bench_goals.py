@@ -118,3 +118,12 @@ def test_newest_record_of_a_gpu_is_the_one_with_the_latest_date_in_it(tmp_path):
     latest = written(tmp_path / "moe-a.json", "2000-10-02")
     written(tmp_path / "moe-b.json", "2000-09-30")
     assert goals.newest(tmp_path) == latest
+
+
+def test_a_peer_that_the_device_may_have_waited_for_is_marked(record):
+    assert not any("torch grouped_mm*" in line for line in goals.page(record))
+    for one in find(record, contestant="torch grouped_mm", tokens=16):
+        one["waited"] = True
+    marked = [row for row in goals.comparisons(record) if "torch grouped_mm*" in row["peers"]]
+    assert {row["tokens"] for row in marked} == {16}
+    assert any("torch grouped_mm*" in line for line in goals.page(record))

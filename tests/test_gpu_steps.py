@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import every_kernel
@@ -40,6 +41,15 @@ def test_each_step_is_told_as_passed_failed_or_skipped_and_none_keeps_the_next(g
     assert where == f"records: {out}"
     assert (out / "kernels.json").exists()
     assert gpu_steps.main(["--out", str(out), "kernels", "memcheck"]) == 0
+
+
+def test_a_step_that_is_stopped_leaves_nothing_running(monkeypatch, tmp_path):
+    late = tmp_path / "late"
+    grandchild = python(f"import time; time.sleep(2); open({str(late)!r}, 'w')")
+    monkeypatch.setattr(gpu_steps, "LONGEST", 1)
+    assert gpu_steps.run("memcheck", python(f"import subprocess; subprocess.run({grandchild!r})")).startswith("failed")
+    time.sleep(2.5)
+    assert not late.exists()
 
 
 def test_without_a_gpu_it_stops_at_once_in_one_line(monkeypatch, tmp_path, capsys):

@@ -16,6 +16,7 @@ FORWARD, GRAPH, BOTH = "forward", "graph", "both"
 OF_DENSE = ((FORWARD, 16384, 0.92), (FORWARD, 4096, 0.88), (BOTH, 16384, 0.85), (BOTH, 4096, 0.85))
 OF_READING = ((1, 0.85), (16, 0.85), (256, 0.80))  # of tokens so few that weights are what takes the time
 OF_UNIFORM, MANY = 0.95, 4096  # of tokens so many that FLOPs are
+WAITED = "*"  # beside a peer whose time has the host's in it, since the device may have waited for it
 NO_GPU = "Emulated on a CPU: these figures say nothing of a GPU, and no goal is judged by them."
 
 
@@ -52,8 +53,9 @@ def comparisons(record: dict[str, Any]) -> list[dict[str, Any]]:
         Each with ``tokens``, ``routing``, ``pass``, and where it was measured, else None: ``of_dense``, our throughput
         over that of dense products, where FLOPs are the floor; ``of_read``, the time of reading the bytes that must be
         moved over ours, where they are, of the forward as a graph; ``of_uniform``, uniform routing's time for a FLOP
-        over ours; ``peers``, each one's time over ours; ``error`` and ``cublas_error``, ours against float64 and that
-        of the loop of cuBLAS's products.
+        over ours; ``peers``, each one's time over ours, with ``WAITED`` behind the names of those that launch so late
+        that the host's time is in theirs; ``error`` and ``cublas_error``, ours against float64 and that of the loop of
+        cuBLAS's products.
     """
     rows = []
     for tokens, routing in dict.fromkeys((case["tokens"], case["routing"]) for case in record["cases"]):
@@ -65,6 +67,7 @@ def comparisons(record: dict[str, Any]) -> list[dict[str, Any]]:
             times = {name: case["times"] for (name, of), case in here.items() if of == each}
             over = {name: ratio(times, name, OURS) for name in times if name != OURS}
             dense = over.pop(CEILING, None)
+            over = {name + WAITED * here[name, each]["waited"]: times for name, times in over.items()}
             reading = here.get((OURS, GRAPH), ours) if each == FORWARD else ours
             least = reading["bytes"] / record["ceilings"]["read"]
             read = least >= ours["flops"] / record["ceilings"]["bfloat16"]  # or multiplied: which bounds it
@@ -125,6 +128,7 @@ def told(record: dict[str, Any]) -> Iterator[str]:
         yield f"  {verdict(found, met):<13}{_figure(found):>6}, at least {least:.2f}: {name}{case and f' ({case})'}"
     for name, reason in absent(record).items():
         yield f"  not compared: {name}: {reason}"
+    yield f"  {WAITED} the host's time is in it"
 
 
 def page(record: dict[str, Any]) -> Iterator[str]:
@@ -152,6 +156,8 @@ def page(record: dict[str, Any]) -> Iterator[str]:
         errors = [_figure(row[of], ".1e") for of in ("error", "cublas_error")]
         rows.append([str(row["tokens"]), row["routing"], row["pass"], *shares, peer, *errors])
     yield from _table([*head, "error", "cuBLAS's"], rows)
+    yield ""
+    yield f"\\{WAITED} The host's time is in it: the peer launches so late that the device may have waited."
     kept = [case for case in record["cases"] if "kept" in case and case["routing"] == "uniform"]
     if kept:
         yield ""

@@ -116,11 +116,11 @@ def command(tokens: list[int] | None, rounds: int, out: str | None) -> None:
             for case in measure(weights, batch, rounds, ceilings, ahead):
                 cases.append({"tokens": N, "routing": routing} | case)
                 print(line(cases[-1]), flush=True)
-    record |= {"comparisons": comparisons(record), "goals": [goal._asdict() for goal in goals(record)]}
+            record |= {"comparisons": comparisons(record), "goals": [goal._asdict() for goal in goals(record)]}
+            if out:  # what has been measured, whatever becomes of the rest
+                with replacing(Path(out)) as partial:
+                    partial.write_text(json.dumps(record, indent=1) + "\n")
     print("", *told(record), sep="\n")
-    if out:
-        with replacing(Path(out)) as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def draw_batch(N: int, D: int, E: int, k: int, routing: str) -> Batch:

@@ -136,7 +136,8 @@ def array(values: Any, dtype: Any = None) -> Any:
     if current() == "gpu":
         import cupy
 
-        return cupy.ascontiguousarray(cupy.asarray(values, dtype))
+        placed = cupy.ascontiguousarray(cupy.asarray(values, dtype))
+        return placed if placed.data.ptr % VECTOR == 0 else placed.copy()
     values = np.asarray(values, dtype)
     if values.flags.c_contiguous and values.ctypes.data % ALIGNMENT == 0:
         return values

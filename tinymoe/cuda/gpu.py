@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import subprocess
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -73,8 +74,9 @@ def record(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
     """Record what ``run`` launches as a CUDA graph; return what it returned, and what launches the graph.
 
     All of its arrays lie in a pool of their own, which lives as long as the graph: no other array gets their memory.
-    The first run compiles and loads the kernels and fills the pool, where the second, which is recorded, finds every
-    block free again. While a stream is recorded CuPy raises on copies from and to the host and on cuBLAS.
+    The first run compiles and loads the kernels and fills the pool, where the second, which is recorded, finds most
+    blocks free again. While a stream is recorded CuPy raises on copies from and to the host and on cuBLAS. With the
+    graph its pool is given up, which has to give its blocks back first: CuPy forgets those of a pool that is gone.
     """
     pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()  # what the inputs are made of is done
@@ -88,7 +90,7 @@ def record(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
     def replay() -> None:
         graph.launch(cupy.cuda.get_current_stream())
 
-    replay.pool = pool  # type: ignore[attr-defined]  # lives as long
+    weakref.finalize(replay, pool.free_all_blocks)  # keeps the pool as long as the graph
     replay()  # a recorded run has computed nothing
     return result, replay
 

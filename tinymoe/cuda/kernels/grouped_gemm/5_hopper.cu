@@ -105,6 +105,7 @@ __device__ __forceinline__ void for_each_tile(int tiles, TileOf tile_of, Load lo
                 load(tile, stage, shared->full + turn.stage, deep);
             }
         }
+        if (GATHERED) commit_copies(), wait_for_copies<0>();  // nobody leaves before the copies that are still on their way
     } else {
         take_registers<GATHERED ? 224 : 232>();
         const int half = threadIdx.x / WARPGROUP - 1;
