@@ -251,7 +251,7 @@ print("32 counts summed up in 5 steps:", scanned.tolist())
 # %%
 # Checked against the library
 # ---------------------------
-# The library's three kernels take 256 pairs to a block. (Up to 128 pairs, so our line, it lets one block compare each
+# The library's three kernels take 256 pairs to a block. (Up to 64 pairs, so our line, it lets one block compare each
 # with each: a launch costs more than that.) A thousand tokens make eight blocks, and the checked build
 # would find a slot that two pairs claim. Expert 3 gets the most, experts 5 to 7 get nothing.
 many = np.stack([rng.permutation(5)[:k] for _ in range(1000)]).astype(np.int32)

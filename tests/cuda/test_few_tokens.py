@@ -46,7 +46,7 @@ def test_equals_the_reference_for_any_few_tokens(where, N, E, D, F, dtype, order
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)
-@pytest.mark.parametrize("rows", [8, 9, 15, 16, 17, 32, 33, 64, 65, 128])
+@pytest.mark.parametrize("rows", [8, 9, 15, 16, 17, 32, 33, 64])
 @pytest.mark.parametrize(("D", "F"), [(24, 34), (64, 128)])
 def test_an_expert_with_more_rows_than_one_pass_takes(where, rows, D, F):
     experts = np.zeros((rows, 1), np.int64)

@@ -8,7 +8,7 @@ from tinymoe.cuda import device
 from tinymoe.errors import InputError
 
 PAIRS, SCAN, ROWS = 256, 1024, 4  # pairs of a block; threads of the scan; rows of a block
-FEW_PAIRS = 128  # up to PAIRS, which one block sorts by comparing each with each
+FEW_PAIRS = 64  # up to PAIRS, which one block sorts by comparing each with each
 MAX_EXPERTS = 1024  # whose slots fit in a block's shared memory, for each of its warps
 KERNELS = device.Kernels(
     "dispatch.cu",

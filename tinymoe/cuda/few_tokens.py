@@ -19,7 +19,7 @@ def few_tokens_ffn(x: Any, weights: Any, plan: Plan, w1: Any, w2: Any, w3: Any) 
     Parameters
     ----------
     x
-        (N, D), N·k up to ``FEW_PAIRS``, 128.
+        (N, D), N·k up to ``FEW_PAIRS``, 64.
     weights
         (N, k) float32.
     plan

@@ -30,7 +30,7 @@ def linear(x: Any, w: Any) -> tuple[Any, LinearSaved]:
 def linear_few(x: Any, w: Any) -> Any:
     """Compute y = x wᵀ of a few rows: (N, D_in), (D_out, D_in) → (N, D_out).
 
-    Summed in float32 and rounded once, as `linear`; a kernel of ours, which reads w once for every 32 rows of x on
+    Summed in float32 and rounded once, as `linear`; a kernel of ours, which reads w once for every 16 rows of x on
     tensor cores, and for every 12 without them.
     """
     (N, inner), outer = x.shape, len(w)

@@ -58,7 +58,7 @@ struct Lanes {
 };
 
 struct TensorCores {
-    static constexpr int MOST = 32;
+    static constexpr int MOST = 16;
     static constexpr int COLUMNS = 8;           // rows of x in a product
     static constexpr int PART = 32, STEP = 64;  // elements of a row: that four lanes load at once; of a warp's step
 
