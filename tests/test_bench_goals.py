@@ -121,9 +121,10 @@ def test_newest_record_of_a_gpu_is_the_one_with_the_latest_date_in_it(tmp_path):
 
 
 def test_a_peer_that_the_device_may_have_waited_for_is_marked(record):
-    assert not any("torch grouped_mm*" in line for line in goals.page(record))
+    assert not any("*" in line for line in (*goals.page(record), *goals.told(record)))
     for one in find(record, contestant="torch grouped_mm", tokens=16):
         one["waited"] = True
     marked = [row for row in goals.comparisons(record) if "torch grouped_mm*" in row["peers"]]
     assert {row["tokens"] for row in marked} == {16}
     assert any("torch grouped_mm*" in line for line in goals.page(record))
+    assert [line for line in goals.told(record) if line.startswith("  * ")] == ["  * the host's time is in it"]

@@ -12,18 +12,13 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from tinymoe.bench.goals import newest, page
+from tinymoe.bench.goals import newest, page, table
 from tinymoe.bench.roofline import described, roofline
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tinymoe" / "bench" / "records"
 UNMEASURED = "Nothing has been measured on a GPU yet: there is no record of `tinymoe bench moe` from one."
 COMPILE = ROOT / "docs" / "records" / "compile.json"
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def model_record(record: dict[str, Any]) -> Iterator[str]:

@@ -128,7 +128,8 @@ def told(record: dict[str, Any]) -> Iterator[str]:
         yield f"  {verdict(found, met):<13}{_figure(found):>6}, at least {least:.2f}: {name}{case and f' ({case})'}"
     for name, reason in absent(record).items():
         yield f"  not compared: {name}: {reason}"
-    yield f"  {WAITED} the host's time is in it"
+    if any_waited(record):
+        yield f"  {WAITED} the host's time is in it"
 
 
 def page(record: dict[str, Any]) -> Iterator[str]:
@@ -139,7 +140,7 @@ def page(record: dict[str, Any]) -> Iterator[str]:
     yield f"in bfloat16 {ceilings['bfloat16'] / 1e12:.4g} TFLOP/s, reading {ceilings['read'] / 1e9:.4g} GB/s."
     yield ""
     head = ["goal", "at least", "found", "", "in the case of"]
-    yield from _table(
+    yield from table(
         head,
         [
             [name, f"{least:.2f}", _figure(found), verdict(found, met), case]
@@ -155,9 +156,10 @@ def page(record: dict[str, Any]) -> Iterator[str]:
         peer = "–" if nearest is None else f"{nearest} {row['peers'][nearest]:.2f}"
         errors = [_figure(row[of], ".1e") for of in ("error", "cublas_error")]
         rows.append([str(row["tokens"]), row["routing"], row["pass"], *shares, peer, *errors])
-    yield from _table([*head, "error", "cuBLAS's"], rows)
-    yield ""
-    yield f"\\{WAITED} The host's time is in it: the peer launches so late that the device may have waited."
+    yield from table([*head, "error", "cuBLAS's"], rows)
+    if any_waited(record):
+        yield ""
+        yield f"\\{WAITED} The host's time is in it: the peer launches so late that the device may have waited."
     kept = [case for case in record["cases"] if "kept" in case and case["routing"] == "uniform"]
     if kept:
         yield ""
@@ -168,7 +170,7 @@ def page(record: dict[str, Any]) -> Iterator[str]:
         for case in kept:
             over = case["median"] / whole[case["tokens"]]
             rows.append([str(case["tokens"]), case["pass"], f"{case['kept'] / 1e6:,.4g}", f"{over:.3f}"])
-        yield from _table(["tokens", "pass", "megabytes kept", "time"], rows)
+        yield from table(["tokens", "pass", "megabytes kept", "time"], rows)
     missing = absent(record)
     if missing:
         yield ""
@@ -189,6 +191,11 @@ def absent(record: dict[str, Any]) -> dict[str, str]:
         if "skipped" in case:
             reasons.setdefault(case["contestant"], case["skipped"])
     return reasons
+
+
+def any_waited(record: dict[str, Any]) -> bool:
+    """Return whether a peer has the host's time in its own."""
+    return any(name.endswith(WAITED) for row in comparisons(record) for name in row["peers"])
 
 
 def verdict(found: float | None, met: bool | None) -> str:
@@ -214,5 +221,6 @@ def _figure(value: float | None, form: str = ".2f") -> str:
     return "–" if value is None else format(value, form)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
